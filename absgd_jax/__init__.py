@@ -1,0 +1,10 @@
+"""Attentional-biased training on imbalanced and noisy data, as optax transformations."""
+
+from absgd_jax._attention import Attention as Attention
+from absgd_jax._attention import attention as attention
+from absgd_jax._attention import AttentionState as AttentionState
+from absgd_jax._attention import robust_loss as robust_loss
+from absgd_jax._transform import abadam as abadam
+from absgd_jax._transform import absgd as absgd
+from absgd_jax._transform import get_temperature as get_temperature
+from absgd_jax._transform import scale_by_attention as scale_by_attention

@@ -1,0 +1,370 @@
+"""Attentional bias: the robust loss, the weights behind it and their moving baseline.
+
+For losses l_1, ..., l_n and a temperature λ:
+
+    F   = λ log mean_i exp(l_i / λ)                     robust loss of the batch
+    w_i = ∂F/∂l_i = exp((l_i - F) / λ) / n              its weights: they sum to 1
+    V   ← λ log((1-γ) exp(V / λ) + γ exp(F / λ))        baseline: F, averaged over the batches
+    p_i = exp((l_i - V) / λ) / (α n) = w_i exp((F - V) / λ) / α       attentional weights
+
+The published normaliser is u = α exp(V / λ), so that p_i = exp(l_i / λ) / (n u). The state keeps V
+and not u: V is a loss, so it can't overflow and means the same whatever λ comes next.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.typing import ArrayLike
+
+# From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
+_INF_TEMPERATURE = 1e30
+
+
+class AttentionState(NamedTuple):
+    """State of :func:`attention` and :func:`scale_by_attention`: three scalars.
+
+    Attributes:
+      count: Number of updates so far.
+      temperature: λ of the next loss and of its update.
+      baseline: V, the loss whose weight is ``1 / (alpha * n)``; -inf before any weighted batch.
+    """
+
+    count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+    temperature: ArrayLike  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    baseline: ArrayLike  # shape=(), dtype as temperature
+
+    @property
+    def log_normalizer(self) -> jax.Array:
+        """log(u / α) at the present temperature, u being the paper's moving average."""
+        baseline = jnp.asarray(self.baseline)
+        return jnp.where(jnp.isfinite(baseline), baseline / self.temperature, -jnp.inf)
+
+
+class Attention(NamedTuple):
+    """A pair of pure functions: see :func:`attention`."""
+
+    init: Callable[[], AttentionState]
+    update: Callable[..., tuple[jax.Array, AttentionState]]
+
+
+def robust_loss(
+    losses: ArrayLike,
+    temperature: ArrayLike,
+    *,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    r"""Robust loss of a batch: its losses' soft maximum or soft minimum.
+
+    .. math::
+      F_\lambda(l) = \lambda \log \frac{1}{n} \sum_{i=1}^n \exp(l_i / \lambda),
+      \qquad
+      \frac{\partial F_\lambda}{\partial l_i}
+        = \frac{\exp(l_i / \lambda)}{\sum_j \exp(l_j / \lambda)}
+
+    With :math:`\lambda > 0` this is :math:`\max_p \sum_i p_i l_i - \lambda \mathrm{KL}(p \| 1/n)`,
+    and with :math:`\lambda < 0` the minimum over :math:`p` of the same. :math:`\lambda = \pm\infty`
+    gives the mean.
+
+    Args:
+      losses: Per-example losses, floating point, of any shape but ``()``: ``[B]``, ``[B, T]``, ...
+      temperature: λ, a scalar, traced or not. Positive leans on hard examples, negative on easy
+        ones; from 1e30 on it counts as infinite. With a schedule in the optimiser, pass
+        ``get_temperature(opt_state)``.
+      where: Boolean array of the shape of ``losses``: the entries to include. All, if ``None``.
+        With none included the loss is zero.
+      axis_name: Name, or tuple of names, of the mapped axes (``pmap``, ``shard_map``, ``vmap``)
+        over which the batch is spread. Not needed under ``jit``, where arrays are global.
+
+    Returns:
+      A scalar, in float32 or in the dtype of ``losses`` if that is wider.
+
+    Raises:
+      TypeError: ``losses`` is not floating point, ``where`` is not boolean, or ``temperature`` is
+        not a number.
+      ValueError: ``losses`` is a scalar, ``where`` has another shape, or ``temperature`` is 0, NaN
+        or not a scalar.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from absgd_jax import robust_loss
+      >>> losses = jnp.array([0.1, 0.2, 3.0])
+      >>> for temperature in (0.1, 1.0, jnp.inf, -1.0):
+      ...   print(f"{robust_loss(losses, temperature):.3f}")
+      2.890
+      2.011
+      1.100
+      0.526
+      >>> print(jax.grad(robust_loss)(losses, 1.0).round(3))
+      [0.049 0.054 0.896]
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent
+      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+    """
+    _check_temperature("robust_loss", temperature)
+    loss, _, _ = _tilt(losses, temperature, where, axis_name)
+    return loss
+
+
+def attention(
+    temperature: optax.ScalarOrSchedule,
+    *,
+    gamma: float | jax.Array = 0.9,
+    alpha: float | jax.Array = 1.0,
+    max_jump: float | jax.Array | None = None,
+) -> Attention:
+    r"""Attentional weights of a batch's losses, for loops that can't pass a loss to the optimiser.
+
+    .. math::
+      u \leftarrow (1 - \gamma)\, u + \gamma \alpha \frac{1}{n} \sum_j \exp(l_j / \lambda),
+      \qquad
+      p_i = \frac{\exp(l_i / \lambda)}{n\, u}
+
+    The gradient of ``(weights * losses).sum()``, given to any optimiser, is that of ABSGD. While
+    :math:`\lambda = \pm\infty` the weights are :math:`1 / n` and :math:`u` waits.
+
+    Args:
+      temperature: λ: a number, a 0-d array, or an optax schedule of the number of updates. A number
+        is where ``state.temperature`` starts and may be replaced in the state; a schedule, or a
+        :class:`jax.Array` (such as ``optax.inject_hyperparams`` passes), is what every update
+        follows.
+      gamma: Weight of the newest batch in the moving average, in (0, 1]: one minus its decay.
+      alpha: Scale of the moving average, positive; the weights are divided by it.
+      max_jump: How far, as a logarithm, the newest batch may stand above the moving average; the
+        rest of it is cut. Off by default, because the published algorithm has no such bound and
+        at a small λ ordinary batches can exceed any. With ``gamma=0.1``, ``max_jump=1.0`` keeps one
+        enormous loss from silencing the batches after it.
+
+    Returns:
+      An :class:`Attention` pair ``(init, update)``: ``init() -> state`` and
+      ``update(losses, state, *, where=None, axis_name=None) -> (weights, state)``, whose arguments
+      are those of :func:`robust_loss`. The weights have the shape and dtype of ``losses`` and pass
+      no gradient.
+
+    Raises:
+      TypeError: As :func:`robust_loss`; ``state`` is not an :class:`AttentionState`.
+      ValueError: As :func:`robust_loss`; ``gamma``, ``alpha`` or ``max_jump`` is out of range.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import absgd_jax
+      >>> x, y = jnp.array([[0.0], [1.0], [2.0]]), jnp.array([0.0, 1.0, 7.0])
+      >>> attend, tx = absgd_jax.attention(1.0), optax.sgd(0.02, momentum=0.9)
+      >>> def loss_fn(w, state):
+      ...   losses = (x @ w - y) ** 2
+      ...   weights, state = attend.update(losses, state)
+      ...   return (weights * losses).sum(), state
+      >>> w = jnp.zeros(1)
+      >>> state, opt_state = attend.init(), tx.init(w)
+      >>> for _ in range(200):
+      ...   grads, state = jax.grad(loss_fn, has_aux=True)(w, state)
+      ...   updates, opt_state = tx.update(grads, opt_state)
+      ...   w = optax.apply_updates(w, updates)
+      >>> print(w.round(1))
+      [2.7]
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent
+      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+    """
+    init, advance = moving_baseline("attention", temperature, gamma, alpha, max_jump)
+
+    def update(
+        losses: ArrayLike,
+        state: AttentionState,
+        *,
+        where: ArrayLike | None = None,
+        axis_name: Hashable | None = None,
+    ) -> tuple[jax.Array, AttentionState]:
+        if not isinstance(state, AttentionState):
+            raise TypeError(
+                f"attention: state must be an AttentionState, got {type(state).__name__}; start "
+                "from init() and pass on the state that update returns."
+            )
+        losses = jnp.asarray(losses)
+        loss, weights, n = _tilt(losses, _current(temperature, state), where, axis_name)
+        scale, state = advance(jnp.where(n > 0, loss, jnp.inf), state)
+        weights = lax.stop_gradient(weights * scale.astype(weights.dtype))
+        return weights.astype(losses.dtype), state
+
+    return Attention(init, update)
+
+
+def moving_baseline(
+    name: str,
+    temperature: optax.ScalarOrSchedule,
+    gamma: float | jax.Array,
+    alpha: float | jax.Array,
+    max_jump: float | jax.Array | None,
+) -> tuple[
+    Callable[[], AttentionState],
+    Callable[[ArrayLike, AttentionState], tuple[jax.Array, AttentionState]],
+]:
+    """Returns ``init() -> state`` and ``advance(loss, state) -> (scale, state)``.
+
+    ``advance`` takes a batch's robust loss F into the baseline V; its scale, exp((F - V) / λ) / α
+    with the new V, turns the weights w, or the gradient of F, into those of ABSGD. Where F or λ is
+    not finite V stays as it was and the scale is 1.
+    """
+    if not callable(temperature):
+        _check_temperature(name, temperature)
+    if _is_concrete(gamma) and not 0 < gamma <= 1:
+        raise ValueError(
+            f"{name}: gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch "
+            "in the moving average, one minus its decay."
+        )
+    if _is_concrete(alpha) and not 0 < alpha < np.inf:
+        raise ValueError(f"{name}: alpha must be positive and finite, got {alpha}.")
+    if max_jump is not None and _is_concrete(max_jump) and not max_jump > 0:
+        raise ValueError(
+            f"{name}: max_jump must be positive, got {max_jump}; None leaves the average unbounded."
+        )
+
+    def init() -> AttentionState:
+        count = jnp.zeros([], jnp.int32)
+        first = temperature(count) if callable(temperature) else temperature
+        return AttentionState(
+            count=count,
+            temperature=jnp.asarray(first, float),
+            baseline=jnp.asarray(-jnp.inf, float),
+        )
+
+    def advance(loss: ArrayLike, state: AttentionState) -> tuple[jax.Array, AttentionState]:
+        dtype = jnp.result_type(state.baseline)
+        loss, baseline, lam, gamma_, alpha_ = (
+            jnp.asarray(x, dtype)
+            for x in (loss, state.baseline, _current(temperature, state), gamma, alpha)
+        )
+        started = jnp.isfinite(baseline)
+        tempered = jnp.abs(lam) < _INF_TEMPERATURE
+        active = jnp.isfinite(loss) & tempered
+        # What the outer wheres below discard must be finite as well, or its gradient is NaN.
+        safe_lam = jnp.where(tempered, lam, 1)
+        safe_loss = jnp.where(active, loss, 0)
+        safe_baseline = jnp.where(started, baseline, safe_loss)
+
+        # With a = exp(V/λ) and b = exp(F/λ): lag = log(a/b) and growth = log(((1-γ) a + γ b) / b).
+        lag = jnp.nan_to_num((safe_baseline - safe_loss) / safe_lam)
+        if max_jump is not None:
+            bound = jnp.asarray(max_jump, dtype)
+            safe_loss = jnp.where(lag < -bound, safe_baseline + safe_lam * bound, safe_loss)
+            lag = jnp.maximum(lag, -bound)
+        growth = jax.nn.logsumexp(
+            jnp.stack([lag, jnp.zeros_like(lag)]),
+            b=jnp.stack([jnp.where(started, 1 - gamma_, 0), gamma_]),
+        )
+        count = optax.safe_increment(state.count)
+        return jnp.where(active, jnp.exp(-growth) / alpha_, 1), AttentionState(
+            count=count,
+            temperature=jnp.asarray(temperature(count) if callable(temperature) else lam, dtype),
+            baseline=jnp.where(active, safe_loss + safe_lam * growth, baseline),
+        )
+
+    return init, advance
+
+
+def _current(temperature: optax.ScalarOrSchedule, state: AttentionState) -> ArrayLike:
+    """λ of this step: the state's, unless an array was injected for this very call."""
+    return temperature if isinstance(temperature, jax.Array) else state.temperature
+
+
+def _tilt(
+    losses: ArrayLike,
+    temperature: ArrayLike,
+    where: ArrayLike | None,
+    axis_name: Hashable | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Robust loss (differentiable), weights, and the number of examples, after checks."""
+    losses = jnp.asarray(losses)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"losses must be floating point, got {losses.dtype}; cast them first.")
+    if losses.ndim == 0:
+        raise ValueError(
+            "losses must hold one entry an example, got a scalar; pass the per-example losses, "
+            "before any mean or sum."
+        )
+    if where is not None:
+        where = jnp.asarray(where)
+        if where.dtype != bool:
+            raise TypeError(
+                f"where must be boolean, got {where.dtype}; a mask of numbers needs `mask > 0`."
+            )
+        if where.shape != losses.shape:
+            raise ValueError(
+                f"where must have the shape of losses, {losses.shape}, got {where.shape}; "
+                "broadcast it with jnp.broadcast_to if that is meant."
+            )
+
+    dtype = at_least_float32(losses.dtype)
+    losses, lam = losses.astype(dtype), jnp.asarray(temperature, dtype)
+
+    # exp(l / λ) is largest at `shift`; relative to it no exponent is positive.
+    sign = jnp.where(lam < 0, -1, 1).astype(dtype)
+    extreme = jnp.max(sign * lax.stop_gradient(losses), where=where, initial=-jnp.inf)
+    if axis_name is not None:
+        extreme = lax.pmax(extreme, axis_name)
+    shift = jnp.where(jnp.isfinite(extreme), sign * extreme, 0)
+    if where is not None:
+        losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
+
+    tempered = jnp.abs(lam) < _INF_TEMPERATURE
+    safe_lam = jnp.where(tempered, lam, 1)  # inf * 0 would be NaN in the gradient of the mean
+    z = jnp.where(tempered, (losses - shift) / safe_lam, 0)
+    exp_z = jnp.exp(z)
+    # Sums of products and not dot products: these work over a sharded axis.
+    sums = (
+        jnp.sum(exp_z, where=where),
+        jnp.sum(lax.stop_gradient(jnp.expm1(z)), where=where),
+        jnp.sum(losses, where=where),
+        jnp.asarray(losses.size) if where is None else jnp.sum(where),
+    )
+    sum_exp, sum_expm1, sum_losses, n = sums if axis_name is None else lax.psum(sums, axis_name)
+    divisor = jnp.maximum(n, 1).astype(dtype)
+
+    log_mean_exp = jnp.log(jnp.where(n > 0, sum_exp, 1) / divisor)
+    # As λ grows the mean nears 1 and its logarithm loses the digits that λ then multiplies, which
+    # log1p keeps; far from 1 it is log1p that loses them. The two have one derivative.
+    mean_expm1 = sum_expm1 / divisor
+    log_mean_exp += jnp.where(
+        mean_expm1 > -0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
+    )
+    loss = jnp.where(tempered, shift + safe_lam * log_mean_exp, sum_losses / divisor)
+    weights = exp_z / jnp.where(n > 0, sum_exp, 1)
+    return loss, weights if where is None else jnp.where(where, weights, 0), n
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def _is_concrete(x: object) -> bool:
+    """Whether x is a Python or NumPy number, which can be checked without touching a device."""
+    return isinstance(x, int | float | np.generic | np.ndarray)
+
+
+def _check_temperature(name: str, temperature: ArrayLike) -> None:
+    if callable(temperature):
+        raise TypeError(
+            f"{name}: temperature must be a number here, got a schedule; pass what the schedule "
+            "gives for this step, which is get_temperature(opt_state)."
+        )
+    if not (_is_concrete(temperature) or isinstance(temperature, jax.Array)):
+        raise TypeError(
+            f"{name}: temperature must be a number, an array or a schedule, got {temperature!r}."
+        )
+    if np.shape(temperature) != ():
+        raise ValueError(
+            f"{name}: temperature must be a scalar, got shape {np.shape(temperature)}; to run "
+            "several, use jax.vmap."
+        )
+    if _is_concrete(temperature) and (temperature == 0 or temperature != temperature):
+        raise ValueError(
+            f"{name}: temperature must be neither 0 nor NaN, got {temperature}; positive leans on "
+            "hard examples, negative on easy ones, and inf is the plain mean."
+        )
