@@ -137,9 +137,10 @@ def attention(
       gamma: Weight of the newest batch in the moving average, in (0, 1]: one minus its decay.
       alpha: Scale of the moving average, positive; the weights are divided by it.
       max_jump: How far, as a logarithm, the newest batch may stand above the moving average; the
-        rest of it is cut. Off by default, because the published algorithm has no such bound and
-        at a small λ ordinary batches can exceed any. With ``gamma=0.1``, ``max_jump=1.0`` keeps one
-        enormous loss from silencing the batches after it.
+        rest of it is cut. One enormous loss otherwise silences the batches after it until the
+        average has forgotten it: hundreds of steps at ``gamma=0.1``, under ten with ``max_jump=3``.
+        Off by default, as in the published algorithm: at a small λ ordinary batches differ by
+        more than any fixed bound. It should exceed ``-log(gamma)``, where training starts.
 
     Returns:
       An :class:`Attention` pair ``(init, update)``: ``init() -> state`` and
@@ -242,10 +243,10 @@ def moving_baseline(
             for x in (loss, state.baseline, _current(temperature, state), gamma, alpha)
         )
         started = jnp.isfinite(baseline)
-        tempered = jnp.abs(lam) < _INF_TEMPERATURE
-        active = jnp.isfinite(loss) & tempered
+        flat = jnp.abs(lam) >= _INF_TEMPERATURE
+        active = jnp.isfinite(loss) & ~flat
         # What the outer wheres below discard must be finite as well, or its gradient is NaN.
-        safe_lam = jnp.where(tempered, lam, 1)
+        safe_lam = jnp.where(flat, 1, lam)
         safe_loss = jnp.where(active, loss, 0)
         safe_baseline = jnp.where(started, baseline, safe_loss)
 
@@ -313,9 +314,9 @@ def _tilt(
     if where is not None:
         losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
 
-    tempered = jnp.abs(lam) < _INF_TEMPERATURE
-    safe_lam = jnp.where(tempered, lam, 1)  # inf * 0 would be NaN in the gradient of the mean
-    z = jnp.where(tempered, (losses - shift) / safe_lam, 0)
+    flat = jnp.abs(lam) >= _INF_TEMPERATURE
+    safe_lam = jnp.where(flat, 1, lam)  # inf * 0 would be NaN in the gradient of the mean
+    z = jnp.where(flat, 0, (losses - shift) / safe_lam)
     exp_z = jnp.exp(z)
     # Sums of products and not dot products: these work over a sharded axis.
     sums = (
@@ -332,9 +333,9 @@ def _tilt(
     # log1p keeps; far from 1 it is log1p that loses them. The two have one derivative.
     mean_expm1 = sum_expm1 / divisor
     log_mean_exp += jnp.where(
-        mean_expm1 > -0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
+        jnp.abs(mean_expm1) < 0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
     )
-    loss = jnp.where(tempered, shift + safe_lam * log_mean_exp, sum_losses / divisor)
+    loss = jnp.where(flat, sum_losses / divisor, shift + safe_lam * log_mean_exp)
     weights = exp_z / jnp.where(n > 0, sum_exp, 1)
     return loss, weights if where is None else jnp.where(where, weights, 0), n
 

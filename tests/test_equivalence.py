@@ -1,0 +1,132 @@
+"""The chain and the helper do what the published algorithm, and its authors' package, do."""
+
+import functools
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from reference import (
+    ADAM_CASES,
+    ADAM_RATE,
+    Case,
+    MOMENTUM,
+    problem,
+    SGD_CASES,
+    SGD_RATE,
+    train_all,
+)
+
+import absgd_jax
+
+TORCH_FILE = pathlib.Path(__file__).with_name("torch_trajectories.npz")
+CASES = {"sgd": SGD_CASES, "adam": ADAM_CASES}
+
+
+def per_example_losses(params, x, y):
+    h = jnp.tanh(x @ params["w1"] + params["b1"][None])
+    logits = h @ params["w2"] + params["b2"][None]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def two_stage(case):
+    return lambda count: jnp.where(count < case.switch, jnp.inf, case.temperature)
+
+
+def chain_step(optimizer, case):
+    kwargs = dict(gamma=case.gamma, alpha=case.alpha, weight_decay=case.weight_decay)
+    tx = (
+        absgd_jax.absgd(SGD_RATE, two_stage(case), momentum=MOMENTUM, **kwargs)
+        if optimizer == "sgd"
+        else absgd_jax.abadam(ADAM_RATE, two_stage(case), **kwargs)
+    )
+
+    def step(carry, batch):
+        params, opt_state = carry
+        temperature = absgd_jax.get_temperature(opt_state)
+        loss, grads = jax.value_and_grad(
+            lambda p: absgd_jax.robust_loss(per_example_losses(p, *batch), temperature)
+        )(params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        return (optax.apply_updates(params, updates), opt_state), params
+
+    return tx.init, step
+
+
+def helper_step(optimizer, case):
+    attention = absgd_jax.attention(two_stage(case), gamma=case.gamma, alpha=case.alpha)
+    tx = optax.chain(
+        optax.add_decayed_weights(case.weight_decay),
+        optax.sgd(SGD_RATE, MOMENTUM) if optimizer == "sgd" else optax.adam(ADAM_RATE),
+    )
+
+    def loss_fn(params, batch, state):
+        losses = per_example_losses(params, *batch)
+        weights, state = attention.update(losses, state)
+        return (weights * losses).sum(), state
+
+    def step(carry, batch):
+        params, (opt_state, state) = carry
+        grads, state = jax.grad(loss_fn, has_aux=True)(params, batch, state)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), (opt_state, state)), params
+
+    return lambda params: (tx.init(params), attention.init()), step
+
+
+@functools.cache
+def reference(optimizer):
+    return train_all(optimizer, CASES[optimizer])[0]
+
+
+def jax_runs(make_step, optimizer, dtype):
+    """Parameters after every step, [C, T, ...]: all cases as one compiled, vmapped program."""
+    params, xs, ys = problem()
+    params, xs = jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, xs))
+
+    def run(case):
+        init, step = make_step(optimizer, case)
+        (last, _), before = jax.lax.scan(step, (params, init(params)), (xs, ys))
+        return jax.tree.map(lambda b, p: jnp.concatenate([b[1:], p[None]]), before, last)
+
+    *floats, switch = (np.array(column) for column in zip(*CASES[optimizer], strict=True))
+    cases = Case(*(jnp.asarray(f, dtype) for f in floats), jnp.asarray(switch, jnp.int32))
+    # optax.adam itself raises a float to the power of an integer.
+    promotion = "strict" if optimizer == "sgd" else "standard"
+    with jax.numpy_dtype_promotion(promotion):
+        return jax.jit(jax.vmap(run))(cases)
+
+
+def relative(params, expected):
+    """Every array over the largest entry of what is expected, case by case and step by step."""
+    scale = {
+        k: np.abs(e).max(axis=tuple(range(2, e.ndim)), keepdims=True) for k, e in expected.items()
+    }
+    return {k: np.asarray(params[k]) / scale[k] for k in expected}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+@pytest.mark.parametrize("make_step", [chain_step, helper_step])
+class TestEquivalence:
+    def test_every_parameter_at_every_step_in_float64(self, make_step, optimizer, x64):
+        actual, expected = jax_runs(make_step, optimizer, jnp.float64), reference(optimizer)
+        chex.assert_trees_all_close(
+            relative(actual, expected), relative(expected, expected), rtol=0, atol=1e-12
+        )
+        with np.load(TORCH_FILE) as file:
+            recorded = {k: file[f"{optimizer}/{k}"] for k in expected}
+        actual = {k: a[:, 49::50] for k, a in actual.items()}
+        chex.assert_trees_all_close(
+            relative(actual, recorded), relative(recorded, recorded), rtol=0, atol=1e-12
+        )
+
+    def test_last_step_in_float32(self, make_step, optimizer):
+        actual, expected = (
+            {k: np.asarray(p, np.float64)[:, -1] for k, p in params.items()}
+            for params in (jax_runs(make_step, optimizer, jnp.float32), reference(optimizer))
+        )
+        # In every run the largest parameter is 1.9 or more.
+        chex.assert_trees_all_close(actual, expected, rtol=0, atol=1e-5)
