@@ -94,7 +94,8 @@ def scale_by_attention(
             value = jnp.where(jnp.any(where), value, jnp.inf)
         scale, state = advance(value, state)
 
-        def rescale(g: jax.Array) -> jax.Array:
+        def rescale(g: ArrayLike) -> jax.Array:
+            g = jnp.asarray(g)
             dtype = at_least_float32(g.dtype)
             return (scale.astype(dtype) * g.astype(dtype)).astype(g.dtype)
 

@@ -1,0 +1,290 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from absgd_jax import (
+    abadam,
+    absgd,
+    AttentionState,
+    get_temperature,
+    robust_loss,
+    scale_by_attention,
+)
+
+X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
+Y = jnp.asarray(np.random.default_rng(1).normal(size=16), jnp.float32)
+PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
+
+
+def loss_fn(params, temperature):
+    predictions = jnp.sum(X * params["w"][None], axis=1) + params["b"]
+    return robust_loss(jnp.square(predictions - Y), temperature)
+
+
+def step(tx, params, opt_state, **extra_args):
+    loss, grads = jax.value_and_grad(loss_fn)(params, get_temperature(opt_state))
+    updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra_args)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def train(tx, steps, params=PARAMS, opt_state=None):
+    def body(carry, _):
+        return step(tx, *carry), carry[0]
+
+    opt_state = tx.init(params) if opt_state is None else opt_state
+    carry, history = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))((params, opt_state))
+    return *carry, history
+
+
+class TestChain:
+    def test_is_plain_sgd_at_an_infinite_temperature(self):
+        params, _, _ = train(absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2), 20)
+        tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True))
+        expected, opt_state = PARAMS, tx.init(PARAMS)
+        for _ in range(20):
+            grads = jax.grad(loss_fn)(expected, jnp.inf)
+            updates, opt_state = tx.update(grads, opt_state, expected)
+            expected = optax.apply_updates(expected, updates)
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+    def test_two_stages(self):
+        schedule = optax.join_schedules(
+            [optax.constant_schedule(jnp.inf), optax.constant_schedule(2.0)], [10]
+        )
+        _, opt_state, two_stage = train(absgd(0.05, schedule), 20)
+        _, _, plain = train(absgd(0.05, jnp.inf), 20)
+        # history[t] stands before step t, the first attentional step being the eleventh.
+        first = jax.tree.map(lambda a: a[:11], (two_stage, plain))
+        chex.assert_trees_all_close(*first, rtol=1e-6)
+        assert not jnp.allclose(two_stage["w"][11], plain["w"][11], rtol=1e-3)
+        assert jnp.isfinite(opt_state[0].baseline)
+
+    def test_schedules_of_both_rates_equal_their_constants(self):
+        constant = train(absgd(0.05, 2.0), 10)[0]
+        scheduled = train(absgd(optax.constant_schedule(0.05), optax.constant_schedule(2.0)), 10)[0]
+        chex.assert_trees_all_close(scheduled, constant, rtol=1e-6)
+
+    def test_loss_and_update_share_the_scheduled_temperature(self):
+        tx = scale_by_attention(optax.linear_schedule(1.0, 4.0, 3))
+        state = tx.init(PARAMS)
+        for t in range(3):
+            assert get_temperature(state) == 1.0 + t
+            _, state = tx.update(PARAMS, state, value=4.0)
+        # With one constant loss V nears it at every temperature.
+        assert abs(state.baseline - 4.0) < 1e-1
+
+    def test_temperature_is_a_leaf_to_be_set_without_a_recompile(self):
+        tx = absgd(0.05, 5.0)
+        jitted = jax.jit(chex.assert_max_traces(lambda p, s: step(tx, p, s), n=1))
+        params, opt_state = jitted(PARAMS, tx.init(PARAMS))
+        baseline = opt_state[0].baseline
+        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(-1.0))
+        assert opt_state[0].baseline == baseline
+        params, opt_state = jitted(params, opt_state)
+        assert get_temperature(opt_state) == -1.0
+
+    def test_vmap_over_temperatures(self):
+        temperatures = jnp.array([0.5, 5.0, -1.0, jnp.inf])
+        swept = jax.vmap(lambda t: train(absgd(0.02, t), 10)[0])(temperatures)
+        for i, t in enumerate(temperatures.tolist()):
+            chex.assert_trees_all_close(
+                jax.tree.map(lambda p, i=i: p[i], swept), train(absgd(0.02, t), 10)[0], rtol=1e-5
+            )
+
+    @pytest.mark.parametrize("make", [absgd, abadam])
+    def test_gradient_of_whole_steps(self, make, x64):
+        # Two steps, so that the second's normaliser depends on the first's parameters.
+        def after(learning_rate, temperature, gamma, scale):
+            params = jax.tree.map(lambda p: scale * p.astype(jnp.float64), PARAMS)
+            tx = make(learning_rate, temperature, gamma=gamma)
+            opt_state = tx.init(params)
+            for _ in range(2):
+                params, opt_state = step(tx, params, opt_state)
+            return sum(jnp.sum(p) for p in jax.tree.leaves(params))
+
+        args = tuple(jnp.float64(a) for a in (0.01, 2.0, 0.7, 1.1))
+        with jax.numpy_dtype_promotion("standard"):
+            jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
+
+    def test_gradient_of_a_whole_step_at_an_infinite_temperature(self):
+        def after(scale):
+            params = jax.tree.map(lambda p: scale * p, PARAMS)
+            tx = absgd(0.01, jnp.inf)
+            return step(tx, params, tx.init(params))[0]["b"]
+
+        assert jnp.isfinite(jax.grad(after)(1.0))
+
+    def test_remat(self):
+        tx = absgd(0.05, 2.0)
+        expected = step(tx, PARAMS, tx.init(PARAMS))
+        actual = jax.checkpoint(lambda p: step(tx, p, tx.init(p)))(PARAMS)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
+
+    def test_weight_decay_of_zero_needs_no_params(self):
+        tx = absgd(0.1, 1.0)
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
+        chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
+
+
+class TestHead:
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+    @pytest.mark.parametrize("value_dtype", ["float16", "bfloat16", "float32"])
+    def test_dtypes(self, dtype, value_dtype):
+        tx = scale_by_attention(1.0)
+        grads = {"a": jnp.full(3, 1.0, dtype), "b": jnp.ones((), jnp.float32), "c": None}
+        state = tx.init(grads)
+        for value in (1.0, 2.0):
+            updates, new_state = tx.update(grads, state, value=jnp.asarray(value, value_dtype))
+            chex.assert_trees_all_equal_dtypes(updates, grads)
+            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+            state = new_state
+        # Scaled in float32, and rounded once.
+        chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
+
+    def test_init_needs_shapes_only(self):
+        tx = scale_by_attention(optax.constant_schedule(3.0))
+        state = tx.init(jax.eval_shape(lambda: PARAMS))
+        chex.assert_trees_all_equal_shapes_and_dtypes(
+            state, AttentionState(jnp.int32(0), jnp.float32(3), jnp.float32(0))
+        )
+
+    @pytest.mark.parametrize("temperature", [2.0, -2.0])
+    def test_scale_is_the_batch_over_its_average(self, temperature):
+        tx = scale_by_attention(temperature, gamma=0.5, alpha=2.0)
+        state, u = tx.init(PARAMS), 0.0
+        for value in (1.0, 3.0, -2.0, 0.0):
+            g = np.exp(value / temperature)
+            u = 0.5 * u + 0.5 * 2.0 * g
+            updates, state = tx.update(1.0, state, value=value)
+            np.testing.assert_allclose(updates, g / u, rtol=1e-6)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    def test_a_value_that_is_not_finite_leaves_the_average(self, value):
+        tx = scale_by_attention(2.0)
+        _, state = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
+        updates, after = tx.update(PARAMS, state, value=value)
+        chex.assert_trees_all_equal(updates, PARAMS)
+        chex.assert_trees_all_equal(after._replace(count=state.count), state)
+
+    def test_an_empty_batch_leaves_the_average(self):
+        tx = scale_by_attention(2.0)
+        _, state = tx.update(PARAMS, tx.init(PARAMS), value=1.0, where=jnp.array([True, False]))
+        _, after = tx.update(PARAMS, state, value=0.0, where=jnp.array([False, False]))
+        chex.assert_trees_all_equal(after._replace(count=state.count), state)
+
+    @pytest.mark.parametrize("temperature", [1e-6, -1e-6, 1.0, 1e20])
+    @pytest.mark.parametrize("values", [(1e30, -1e30, 1e30), (-3e38, 3e38, -3e38), (0.0, 1e-30)])
+    def test_enormous_values(self, temperature, values):
+        tx = scale_by_attention(temperature)
+        state = tx.init(1.0)
+        for value in values:
+            scale, state = tx.update(1.0, state, value=value)
+            assert 0 <= scale <= 1 / 0.9 + 1e-6
+
+    def test_unknown_extra_arguments_are_ignored(self):
+        tx = scale_by_attention(2.0)
+        expected = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
+        actual = tx.update(PARAMS, tx.init(PARAMS), value=1.0, grad=0, unknown="x")
+        chex.assert_trees_all_equal(actual, expected)
+
+
+class TestInjectHyperparams:
+    def test_temperature_and_learning_rate_can_be_set(self):
+        tx = optax.inject_hyperparams(absgd)(0.05, 5.0, weight_decay=1e-3)
+        jitted = jax.jit(chex.assert_max_traces(lambda p, s: step(tx, p, s), n=1))
+        params, opt_state = jitted(PARAMS, tx.init(PARAMS))
+        opt_state.hyperparams["temperature"] = jnp.float32(-1.0)
+        opt_state.hyperparams["learning_rate"] = jnp.float32(0.01)
+        assert get_temperature(opt_state) == -1.0
+        params, opt_state = jitted(params, opt_state)
+
+        plain = absgd(0.05, 5.0, weight_decay=1e-3)
+        expected, state = step(plain, PARAMS, plain.init(PARAMS))
+        state = optax.tree.set(state, temperature=jnp.float32(-1.0))
+        expected, _ = step(absgd(0.01, -1.0, weight_decay=1e-3), expected, state)
+        chex.assert_trees_all_close(params, expected, rtol=1e-6)
+
+    def test_schedule_goes_past_it(self):
+        schedule = optax.linear_schedule(2.0, 1.0, 10)
+        tx = optax.inject_hyperparams(absgd, static_args=("temperature",))(0.05, schedule)
+        params = train(tx, 10)[0]
+        chex.assert_trees_all_close(params, train(absgd(0.05, schedule), 10)[0], atol=1e-6)
+
+    def test_schedule_through_it_is_an_error(self):
+        tx = optax.inject_hyperparams(absgd)(0.05, optax.linear_schedule(2.0, 1.0, 10))
+        with pytest.raises(ValueError, match=r"static_args=\('temperature',\)"):
+            get_temperature(tx.init(PARAMS))
+
+
+WRAPPERS = {
+    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
+    "named_chain": lambda tx: optax.named_chain(("head", tx), ("clip", optax.clip(1.0))),
+    "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
+    "partition": lambda tx: optax.partition(
+        {"train": tx, "freeze": optax.set_to_zero()}, {"w": "train", "b": "freeze"}
+    ),
+    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
+    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
+    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
+        lambda learning_rate: optax.chain(tx, optax.scale(learning_rate))
+    )(0.1),
+}
+
+
+class TestGetTemperature:
+    @pytest.mark.parametrize("name", WRAPPERS)
+    def test_finds_it_and_trains(self, name):
+        tx = WRAPPERS[name](absgd(0.05, 2.5))
+        opt_state = tx.init(PARAMS)
+        assert get_temperature(opt_state) == 2.5
+        # optax.MultiSteps itself divides a float by an integer.
+        with jax.numpy_dtype_promotion("standard"):
+            params, opt_state = step(tx, *step(tx, PARAMS, opt_state))
+        assert get_temperature(opt_state) == 2.5
+        assert not jnp.array_equal(params["w"], PARAMS["w"])
+
+    @pytest.mark.parametrize(
+        ("tx", "found"),
+        [(optax.adam(0.1), 0), (optax.chain(absgd(0.1, 1.0), scale_by_attention(2.0)), 2)],
+    )
+    def test_none_or_several(self, tx, found):
+        with pytest.raises(ValueError, match=f"must hold one AttentionState, got {found}"):
+            get_temperature(tx.init(PARAMS))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("make", [scale_by_attention, lambda t, **k: absgd(0.1, t, **k)])
+    @pytest.mark.parametrize(
+        ("temperature", "kwargs", "message"),
+        [
+            (0.0, {}, "temperature must be neither 0 nor NaN, got 0.0"),
+            (np.nan, {}, "temperature must be neither 0 nor NaN, got nan"),
+            (1.0, {"gamma": 0.0}, r"gamma must lie in \(0, 1\], got 0.0"),
+            (1.0, {"gamma": 1.1}, r"gamma must lie in \(0, 1\], got 1.1"),
+            (1.0, {"alpha": -1}, "alpha must be positive and finite, got -1"),
+            (1.0, {"max_jump": -1}, "max_jump must be positive, got -1"),
+        ],
+    )
+    def test_construction(self, make, temperature, kwargs, message):
+        with pytest.raises(ValueError, match=message):
+            make(temperature, **kwargs)
+
+    def test_missing_value(self):
+        tx = absgd(0.1, 1.0)
+        with pytest.raises(TypeError, match=r"value is missing.*tx.update.*value=loss.*attention"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+    def test_losses_as_the_value(self):
+        tx = absgd(0.1, 1.0)
+        with pytest.raises(ValueError, match=r"value must be a scalar, got shape \(4,\); pass"):
+            jax.jit(tx.update)(PARAMS, tx.init(PARAMS), value=jnp.ones(4))
+
+    def test_traced_hyperparameters_are_not_checked(self):
+        def run(temperature, gamma):
+            tx = scale_by_attention(temperature, gamma=gamma)
+            return tx.update(1.0, tx.init(1.0), value=1.0)[0]
+
+        assert jax.vmap(run)(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).shape == (2,)
