@@ -163,7 +163,7 @@ def attention(
       ...   return (weights * losses).sum(), state
       >>> w = jnp.zeros(1)
       >>> state, opt_state = attend.init(), tx.init(w)
-      >>> for _ in range(200):
+      >>> for _ in range(60):
       ...   grads, state = jax.grad(loss_fn, has_aux=True)(w, state)
       ...   updates, opt_state = tx.update(grads, opt_state)
       ...   w = optax.apply_updates(w, updates)

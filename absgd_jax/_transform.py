@@ -54,7 +54,7 @@ def scale_by_attention(
       >>> tx = optax.chain(absgd_jax.scale_by_attention(1.0), optax.adamw(0.1))
       >>> w = jnp.zeros(1)
       >>> opt_state = tx.init(w)
-      >>> for _ in range(200):
+      >>> for _ in range(60):
       ...   temperature = absgd_jax.get_temperature(opt_state)
       ...   loss, grads = jax.value_and_grad(loss_fn)(w, temperature)
       ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
@@ -158,7 +158,7 @@ def absgd(
       ...   tx = absgd_jax.absgd(0.02, temperature)
       ...   w = jnp.zeros(1)
       ...   opt_state = tx.init(w)
-      ...   for _ in range(200):
+      ...   for _ in range(100):
       ...     temperature = absgd_jax.get_temperature(opt_state)
       ...     loss, grads = jax.value_and_grad(loss_fn)(w, temperature)
       ...     updates, opt_state = tx.update(grads, opt_state, w, value=loss)
@@ -234,7 +234,7 @@ def abadam(
       >>> tx = absgd_jax.abadam(0.1, temperature=1.0)
       >>> w = jnp.zeros(1)
       >>> opt_state = tx.init(w)
-      >>> for _ in range(200):
+      >>> for _ in range(60):
       ...   temperature = absgd_jax.get_temperature(opt_state)
       ...   loss, grads = jax.value_and_grad(loss_fn)(w, temperature)
       ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)

@@ -1,7 +1,10 @@
 import pathlib
 
 import jax
+import optax
 import pytest
+
+import absgd_jax
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
@@ -14,7 +17,12 @@ jax.config.update(
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_report_header():
+    return f"jax {jax.__version__}, optax {optax.__version__}, {absgd_jax.__file__}"
+
+
 @pytest.fixture
 def x64():
-    with jax.enable_x64(True):
-        yield
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
