@@ -107,7 +107,7 @@ def robust_loss(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
-    _check_temperature("robust_loss", temperature)
+    _check_temperature(temperature)
     loss, _, _ = _tilt(losses, temperature, where, axis_name)
     return loss
 
@@ -174,7 +174,7 @@ def attention(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
-    init, advance = moving_baseline("attention", temperature, gamma, alpha, max_jump)
+    init, advance = moving_baseline(temperature, gamma, alpha, max_jump)
 
     def update(
         losses: ArrayLike,
@@ -185,7 +185,7 @@ def attention(
     ) -> tuple[jax.Array, AttentionState]:
         if not isinstance(state, AttentionState):
             raise TypeError(
-                f"attention: state must be an AttentionState, got {type(state).__name__}; start "
+                f"state must be an AttentionState, got {type(state).__name__}; start "
                 "from init() and pass on the state that update returns."
             )
         losses = jnp.asarray(losses)
@@ -198,7 +198,6 @@ def attention(
 
 
 def moving_baseline(
-    name: str,
     temperature: optax.ScalarOrSchedule,
     gamma: float | jax.Array,
     alpha: float | jax.Array,
@@ -214,17 +213,17 @@ def moving_baseline(
     not finite V stays as it was and the scale is 1.
     """
     if not callable(temperature):
-        _check_temperature(name, temperature)
+        _check_temperature(temperature)
     if _is_concrete(gamma) and not 0 < gamma <= 1:
         raise ValueError(
-            f"{name}: gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch "
+            f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch "
             "in the moving average, one minus its decay."
         )
     if _is_concrete(alpha) and not 0 < alpha < np.inf:
-        raise ValueError(f"{name}: alpha must be positive and finite, got {alpha}.")
+        raise ValueError(f"alpha must be positive and finite, got {alpha}.")
     if max_jump is not None and _is_concrete(max_jump) and not max_jump > 0:
         raise ValueError(
-            f"{name}: max_jump must be positive, got {max_jump}; None leaves the average unbounded."
+            f"max_jump must be positive, got {max_jump}; None leaves the average unbounded."
         )
 
     def init() -> AttentionState:
@@ -238,9 +237,9 @@ def moving_baseline(
 
     def advance(loss: ArrayLike, state: AttentionState) -> tuple[jax.Array, AttentionState]:
         dtype = jnp.result_type(state.baseline)
-        loss, baseline, lam, gamma_, alpha_ = (
+        loss, baseline, lam, newest = (
             jnp.asarray(x, dtype)
-            for x in (loss, state.baseline, _current(temperature, state), gamma, alpha)
+            for x in (loss, state.baseline, _current(temperature, state), gamma)
         )
         started = jnp.isfinite(baseline)
         flat = jnp.abs(lam) >= _INF_TEMPERATURE
@@ -258,10 +257,11 @@ def moving_baseline(
             lag = jnp.maximum(lag, -bound)
         growth = jax.nn.logsumexp(
             jnp.stack([lag, jnp.zeros_like(lag)]),
-            b=jnp.stack([jnp.where(started, 1 - gamma_, 0), gamma_]),
+            b=jnp.stack([jnp.where(started, 1 - newest, 0), newest]),
         )
         count = optax.safe_increment(state.count)
-        return jnp.where(active, jnp.exp(-growth) / alpha_, 1), AttentionState(
+        scale = jnp.where(active, jnp.exp(-growth) / jnp.asarray(alpha, dtype), 1)
+        return scale, AttentionState(
             count=count,
             temperature=jnp.asarray(temperature(count) if callable(temperature) else lam, dtype),
             baseline=jnp.where(active, safe_loss + safe_lam * growth, baseline),
@@ -323,10 +323,10 @@ def _tilt(
         jnp.sum(exp_z, where=where),
         jnp.sum(lax.stop_gradient(jnp.expm1(z)), where=where),
         jnp.sum(losses, where=where),
-        jnp.asarray(losses.size) if where is None else jnp.sum(where),
+        jnp.asarray(losses.size, dtype) if where is None else jnp.sum(where).astype(dtype),
     )
     sum_exp, sum_expm1, sum_losses, n = sums if axis_name is None else lax.psum(sums, axis_name)
-    divisor = jnp.maximum(n, 1).astype(dtype)
+    divisor = jnp.maximum(n, 1)
 
     log_mean_exp = jnp.log(jnp.where(n > 0, sum_exp, 1) / divisor)
     # As λ grows the mean nears 1 and its logarithm loses the digits that λ then multiplies, which
@@ -349,23 +349,23 @@ def _is_concrete(x: object) -> bool:
     return isinstance(x, int | float | np.generic | np.ndarray)
 
 
-def _check_temperature(name: str, temperature: ArrayLike) -> None:
+def _check_temperature(temperature: ArrayLike) -> None:
     if callable(temperature):
         raise TypeError(
-            f"{name}: temperature must be a number here, got a schedule; pass what the schedule "
+            "temperature must be a number here, got a schedule; pass what the schedule "
             "gives for this step, which is get_temperature(opt_state)."
         )
     if not (_is_concrete(temperature) or isinstance(temperature, jax.Array)):
         raise TypeError(
-            f"{name}: temperature must be a number, an array or a schedule, got {temperature!r}."
+            f"temperature must be a number, an array or a schedule, got {temperature!r}."
         )
     if np.shape(temperature) != ():
         raise ValueError(
-            f"{name}: temperature must be a scalar, got shape {np.shape(temperature)}; to run "
+            f"temperature must be a scalar, got shape {np.shape(temperature)}; to run "
             "several, use jax.vmap."
         )
     if _is_concrete(temperature) and (temperature == 0 or temperature != temperature):
         raise ValueError(
-            f"{name}: temperature must be neither 0 nor NaN, got {temperature}; positive leans on "
+            f"temperature must be neither 0 nor NaN, got {temperature}; positive leans on "
             "hard examples, negative on easy ones, and inf is the plain mean."
         )

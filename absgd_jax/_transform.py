@@ -66,7 +66,7 @@ def scale_by_attention(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
-    init, advance = moving_baseline("scale_by_attention", temperature, gamma, alpha, max_jump)
+    init, advance = moving_baseline(temperature, gamma, alpha, max_jump)
 
     def update_fn(
         updates: optax.Updates,
@@ -80,14 +80,14 @@ def scale_by_attention(
         del params, extra_args
         if value is None:
             raise TypeError(
-                "scale_by_attention: value is missing; the update depends on the loss whose "
+                "value is missing; the update depends on the loss whose "
                 "gradients it scales: tx.update(grads, state, params, value=loss). A loop that "
                 "can't pass it on, such as flax's TrainState, can weight its losses with "
                 "absgd_jax.attention instead."
             )
         if jnp.shape(value) != ():
             raise ValueError(
-                f"scale_by_attention: value must be a scalar, got shape {jnp.shape(value)}; pass "
+                f"value must be a scalar, got shape {jnp.shape(value)}; pass "
                 "robust_loss(losses, temperature), not the losses."
             )
         if where is not None:
@@ -291,7 +291,7 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
     sources = [s for s in jax.tree.leaves(opt_state, is_leaf=is_source) if is_source(s)]
     if len(sources) != 1:
         raise ValueError(
-            f"get_temperature: opt_state must hold one AttentionState, got {len(sources)}; pass "
+            f"opt_state must hold one AttentionState, got {len(sources)}; pass "
             "the state of absgd, abadam or scale_by_attention, or of what wraps it. To train parts "
             "of a model apart, put one scale_by_attention in front of optax.partition."
         )
@@ -300,7 +300,7 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
         return jnp.asarray(source.temperature)
     if "temperature" in getattr(source, "hyperparams_states", ()):
         raise ValueError(
-            "get_temperature: optax.inject_hyperparams schedules the temperature and its state "
+            "optax.inject_hyperparams schedules the temperature and its state "
             "tells the value of the last step, not of the next; pass "
             "static_args=('temperature',) to it, and absgd_jax follows the schedule itself."
         )
