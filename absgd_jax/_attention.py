@@ -315,7 +315,7 @@ def _tilt(
         losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
 
     flat = jnp.abs(lam) >= _INF_TEMPERATURE
-    safe_lam = jnp.where(flat, 1, lam)  # inf * 0 would be NaN in the gradient of the mean
+    safe_lam = jnp.where(flat, 1, lam)  # inf * 0 below would trip jax_debug_nans
     z = jnp.where(flat, 0, (losses - shift) / safe_lam)
     exp_z = jnp.exp(z)
     # Sums of products and not dot products: these work over a sharded axis.
