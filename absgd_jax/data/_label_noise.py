@@ -1,0 +1,102 @@
+"""Label noise."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from absgd_jax.data._long_tail import check_labels
+
+
+def flip_labels(
+    labels: ArrayLike,
+    rate: float,
+    *,
+    kind: Literal["symmetric", "symmetric_inclusive", "asymmetric"] | ArrayLike = "symmetric",
+    num_classes: int,
+    seed: int | np.random.Generator,
+) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
+    """Labels with a given rate of noise.
+
+    Of each class, ``rate`` times as many labels as it has, rounded, are drawn again. ``kind`` says
+    from what:
+
+    - ``"symmetric"``: the other classes, all alike. Every label that is drawn again changes.
+    - ``"symmetric_inclusive"``: all classes, the true one included, so that only
+      ``rate * (C - 1) / C`` of the labels change.
+    - ``"asymmetric"``: the next class, and the first after the last.
+    - A matrix of shape ``[C, C]``: row c is the distribution of the new label of class c. With a
+      ``rate`` of 1 it is the transition matrix of the noise.
+
+    Args:
+      labels: Integers in [0, ``num_classes``), of shape ``[N]``.
+      rate: In [0, 1].
+      kind: See above. The default is what the authors of ABSGD mean by symmetric noise.
+      num_classes: C.
+      seed: An integer or a NumPy generator.
+
+    Returns:
+      The noisy labels, and a mask of those that differ from ``labels``.
+
+    Raises:
+      ValueError: An argument is out of range, or the rows of the matrix are not distributions.
+
+    Examples:
+      >>> import numpy as np
+      >>> from absgd_jax.data import flip_labels
+      >>> labels = np.repeat([0, 1, 2], 100)
+      >>> noisy, flipped = flip_labels(labels, 0.4, num_classes=3, seed=0)
+      >>> print(flipped.sum())
+      120
+      >>> cats_become_dogs = np.array([[0, 1, 0], [0, 1, 0], [0, 0, 1]])
+      >>> noisy, _ = flip_labels(labels, 0.4, kind=cats_become_dogs, num_classes=3, seed=0)
+      >>> print(np.bincount(noisy))
+      [ 60 140 100]
+
+    References:
+      Patrini et al., `Making Deep Neural Networks Robust to Label Noise: a Loss Correction Approach
+      <https://arxiv.org/abs/1609.03683>`_, CVPR 2017, for the transition matrix
+
+      Kim et al., `NLNL: Negative Learning for Noisy Labels
+      <https://arxiv.org/abs/1908.07387>`_, ICCV 2019, for the two kinds of symmetric noise
+    """
+    labels = check_labels("flip_labels", labels, num_classes)
+    if num_classes < 2:
+        raise ValueError(f"flip_labels: num_classes must be at least 2, got {num_classes}.")
+    if labels.ndim != 1:
+        raise ValueError(f"flip_labels: labels must have shape [N], got {labels.shape}.")
+    if not 0 <= rate <= 1:
+        raise ValueError(
+            f"flip_labels: rate must lie in [0, 1], got {rate}; it is the fraction of labels that "
+            "are drawn again."
+        )
+    identity = np.eye(num_classes)
+    if not isinstance(kind, str):
+        transition = np.asarray(kind, float)
+    elif kind == "symmetric":
+        transition = (1 - identity) / (num_classes - 1)
+    elif kind == "symmetric_inclusive":
+        transition = np.full_like(identity, 1 / num_classes)
+    elif kind == "asymmetric":
+        transition = np.roll(identity, 1, axis=1)
+    else:
+        raise ValueError(
+            "flip_labels: kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a "
+            f"transition matrix, got {kind!r}."
+        )
+    if transition.shape != identity.shape:
+        raise ValueError(
+            f"flip_labels: kind must have shape {identity.shape}, got {transition.shape}."
+        )
+    if np.any(transition < 0) or not np.allclose(transition.sum(axis=1), 1):
+        raise ValueError(
+            "flip_labels: kind must hold distributions, rows that are not negative and sum to 1, "
+            f"got {transition}."
+        )
+    rng = np.random.default_rng(seed)
+    noisy = labels.copy()
+    for c in range(num_classes):
+        members = np.flatnonzero(labels == c)
+        drawn = rng.choice(members, round(rate * len(members)), replace=False)
+        noisy[drawn] = rng.choice(num_classes, len(drawn), p=transition[c])
+    return noisy, noisy != labels

@@ -1,0 +1,193 @@
+"""Long-tailed subsets of a data set, and the counts that describe them."""
+
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def class_counts(labels: ArrayLike, num_classes: int) -> NDArray[np.int64]:
+    """Number of examples of each class.
+
+    Args:
+      labels: Integers in [0, ``num_classes``), of any shape.
+      num_classes: C.
+
+    Returns:
+      Counts of shape ``[C]``.
+
+    Raises:
+      ValueError: ``labels`` are not integers, or one is out of range.
+
+    Examples:
+      >>> from absgd_jax.data import class_counts
+      >>> print(class_counts([0, 2, 2, 0, 2], num_classes=4))
+      [2 0 3 0]
+    """
+    labels = check_labels("class_counts", labels, num_classes)
+    return np.bincount(labels.ravel(), minlength=num_classes).astype(np.int64)
+
+
+def long_tailed_counts(
+    max_count: int,
+    num_classes: int,
+    imbalance_factor: float,
+    *,
+    kind: Literal["exp", "step"] = "exp",
+) -> NDArray[np.int64]:
+    r"""Class sizes of a long-tailed data set, from the most frequent class to the rarest.
+
+    .. math::
+      n_c = \lfloor n_{\max} \rho^{c / (C - 1)} \rfloor, \qquad c = 0, \dots, C - 1
+
+    Args:
+      max_count: Size of the most frequent class.
+      num_classes: C, at least 2.
+      imbalance_factor: ρ in (0, 1], the size of the rarest class by that of the most frequent.
+      kind: ``"exp"``, the formula above; or ``"step"``, where the first C // 2 classes keep
+        ``max_count`` and the others have ρ times as many.
+
+    Returns:
+      Counts of shape ``[C]``.
+
+    Raises:
+      ValueError: An argument is out of range, or the rarest class would be empty.
+
+    Examples:
+      >>> from absgd_jax.data import long_tailed_counts
+      >>> print(long_tailed_counts(5000, 10, 0.01))
+      [5000 2997 1796 1077  645  387  232  139   83   50]
+      >>> print(long_tailed_counts(5000, 10, 0.01, kind="step"))
+      [5000 5000 5000 5000 5000   50   50   50   50   50]
+
+    References:
+      Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
+      <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019, whose code has this recipe
+    """
+    if not 0 < imbalance_factor <= 1:
+        raise ValueError(
+            f"long_tailed_counts: imbalance_factor must lie in (0, 1], got {imbalance_factor}; it "
+            "is the size of the rarest class by that of the most frequent."
+        )
+    if num_classes < 2:
+        raise ValueError(f"long_tailed_counts: num_classes must be at least 2, got {num_classes}.")
+    if kind == "exp":
+        exponents = [c / (num_classes - 1) for c in range(num_classes)]
+    elif kind == "step":
+        exponents = [float(c >= num_classes // 2) for c in range(num_classes)]
+    else:
+        raise ValueError(f"long_tailed_counts: kind must be 'exp' or 'step', got {kind!r}.")
+    # Python's own arithmetic: published data sets hang on the last bit before the truncation.
+    counts = [int(max_count * imbalance_factor**exponent) for exponent in exponents]
+    if counts[-1] < 1:
+        raise ValueError(
+            "long_tailed_counts: max_count must leave the rarest class an example, got "
+            f"{max_count} with an imbalance_factor of {imbalance_factor}."
+        )
+    return np.array(counts, np.int64)
+
+
+def long_tailed_indices(
+    labels: ArrayLike,
+    imbalance_factor: float,
+    *,
+    kind: Literal["exp", "step"] = "exp",
+    max_count: int | None = None,
+    class_order: ArrayLike | None = None,
+    seed: int | np.random.Generator,
+) -> NDArray[np.int64]:
+    """Indices of a random long-tailed subset of a data set.
+
+    Args:
+      labels: Integers of shape ``[N]``, each of the C classes 0, 1, ... being met.
+      imbalance_factor: ρ in (0, 1], the size of the rarest class by that of the most frequent.
+      kind: As in :func:`long_tailed_counts`, which gives the class sizes.
+      max_count: Size of the most frequent class. The default is the largest that serves every
+        class order: the size of the smallest class in ``labels``.
+      class_order: Permutation of the classes, the most frequent first, such as
+        ``rng.permutation(C)``; in the order of their numbers if ``None``. Which classes are rare
+        matters as much as how rare they are.
+      seed: An integer or a NumPy generator.
+
+    Returns:
+      Sorted indices into ``labels``.
+
+    Raises:
+      ValueError: An argument is out of range, or a class has too few examples.
+
+    Examples:
+      >>> import numpy as np
+      >>> from absgd_jax.data import class_counts, long_tailed_indices
+      >>> labels = np.repeat([0, 1, 2], 100)
+      >>> indices = long_tailed_indices(labels, 0.01, class_order=[2, 0, 1], seed=0)
+      >>> print(class_counts(labels[indices], num_classes=3))
+      [ 10   1 100]
+    """
+    labels = np.asarray(labels)
+    num_classes = np.unique(labels).size
+    available = class_counts(labels, num_classes)
+    if max_count is None:
+        max_count = int(available.min())
+    counts = long_tailed_counts(max_count, num_classes, imbalance_factor, kind=kind)
+    order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
+    if not np.array_equal(np.sort(order), np.arange(num_classes)):
+        raise ValueError(
+            f"long_tailed_indices: class_order must be a permutation of 0, ..., {num_classes - 1}, "
+            f"got {order}."
+        )
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for c, count in zip(order, counts, strict=True):
+        if available[c] < count:
+            raise ValueError(
+                f"long_tailed_indices: max_count must leave enough examples, got {max_count}: "
+                f"class {c} has {available[c]} and needs {count}."
+            )
+        chosen.append(rng.choice(np.flatnonzero(labels == c), count, replace=False))
+    return np.sort(np.concatenate(chosen))
+
+
+def split_by_count(
+    counts: ArrayLike, *, many: int = 100, few: int = 20
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Classes with many, a medium number of, and few training examples.
+
+    Args:
+      counts: Number of training examples of each class, of shape ``[C]``.
+      many: Classes with more than this have many.
+      few: Classes with less than this have few.
+
+    Returns:
+      The classes of the three groups, in that order.
+
+    Raises:
+      ValueError: ``few`` is larger than ``many``.
+
+    Examples:
+      >>> from absgd_jax.data import split_by_count
+      >>> many, medium, few = split_by_count([500, 101, 100, 20, 19])
+      >>> print(many, medium, few)
+      [0 1] [2 3] [4]
+
+    References:
+      Liu et al., `Large-Scale Long-Tailed Recognition in an Open World
+      <https://arxiv.org/abs/1904.05160>`_, CVPR 2019
+    """
+    if few > many:
+        raise ValueError(f"split_by_count: few must not exceed many, got {few} and {many}.")
+    counts = np.asarray(counts)
+    return (
+        np.flatnonzero(counts > many),
+        np.flatnonzero((counts >= few) & (counts <= many)),
+        np.flatnonzero(counts < few),
+    )
+
+
+def check_labels(name: str, labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
+    labels = np.asarray(labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"{name}: labels must be integers, got {labels.dtype}.")
+    wrong = labels[(labels < 0) | (labels >= num_classes)]
+    if wrong.size:
+        raise ValueError(f"{name}: labels must lie in [0, {num_classes}), got {wrong[0]}.")
+    return labels

@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+
+from absgd_jax.data import (
+    class_counts,
+    flip_labels,
+    long_tailed_counts,
+    long_tailed_indices,
+    split_by_count,
+)
+
+CIFAR10 = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 5000))
+CIFAR100 = np.repeat(np.arange(100, dtype=np.uint8), 500)
+
+
+class TestClassCounts:
+    def test_counts(self):
+        counts = class_counts(np.array([[2, 0], [2, 2]]), num_classes=4)
+        np.testing.assert_array_equal(counts, [1, 0, 3, 0])
+        np.testing.assert_array_equal(class_counts(CIFAR10, 10), 5000)
+
+
+class TestLongTail:
+    @pytest.mark.parametrize(("labels", "total"), [(CIFAR10, 12_406), (CIFAR100, 10_847)])
+    def test_cifar(self, labels, total):
+        num_classes = len(np.unique(labels))
+        counts = long_tailed_counts(50_000 // num_classes, num_classes, 0.01)
+        assert counts.sum() == total
+        indices = long_tailed_indices(labels, 0.01, seed=0)
+        np.testing.assert_array_equal(class_counts(labels[indices], num_classes), counts)
+        assert len(np.unique(indices)) == total
+
+    def test_step(self):
+        np.testing.assert_array_equal(
+            long_tailed_counts(50, 5, 0.1, kind="step"), [50, 50, 5, 5, 5]
+        )
+
+    def test_balanced(self):
+        np.testing.assert_array_equal(long_tailed_counts(50, 4, 1.0), [50] * 4)
+
+    def test_class_order(self):
+        order = np.random.default_rng(1).permutation(10)
+        indices = long_tailed_indices(CIFAR10, 0.1, class_order=order, seed=0)
+        counts = class_counts(CIFAR10[indices], 10)
+        np.testing.assert_array_equal(counts[order], long_tailed_counts(5000, 10, 0.1))
+
+    def test_seed(self):
+        first = long_tailed_indices(CIFAR10, 0.01, seed=3)
+        np.testing.assert_array_equal(first, long_tailed_indices(CIFAR10, 0.01, seed=3))
+        rng = np.random.default_rng(3)
+        np.testing.assert_array_equal(first, long_tailed_indices(CIFAR10, 0.01, seed=rng))
+        assert not np.array_equal(first, long_tailed_indices(CIFAR10, 0.01, seed=rng))
+        assert not np.array_equal(first, long_tailed_indices(CIFAR10, 0.01, seed=4))
+
+    def test_unequal_classes(self):
+        labels = np.repeat([0, 1, 2], [40, 30, 50])
+        indices = long_tailed_indices(labels, 0.1, class_order=[1, 2, 0], seed=0)
+        np.testing.assert_array_equal(class_counts(labels[indices], 3), [3, 30, 9])
+        indices = long_tailed_indices(labels, 0.1, max_count=40, seed=0)
+        np.testing.assert_array_equal(class_counts(labels[indices], 3), [40, 12, 4])
+
+    def test_indices_are_drawn_without_a_bias(self):
+        labels = np.repeat([0, 1], 20)
+        drawn = [long_tailed_indices(labels, 0.1, seed=seed) for seed in range(2000)]
+        times = np.bincount(np.concatenate(drawn), minlength=40)
+        np.testing.assert_array_equal(times[:20], 2000)
+        np.testing.assert_allclose(times[20:], 200, atol=70)  # 5 standard deviations
+
+
+class TestSplitByCount:
+    def test_defaults(self):
+        many, medium, few = split_by_count([101, 100, 20, 19, 0])
+        np.testing.assert_array_equal(many, [0])
+        np.testing.assert_array_equal(medium, [1, 2])
+        np.testing.assert_array_equal(few, [3, 4])
+
+    def test_thresholds(self):
+        many, medium, few = split_by_count(long_tailed_counts(174, 10, 0.1), many=80, few=30)
+        np.testing.assert_array_equal(np.concatenate([many, medium, few]), np.arange(10))
+        assert [len(many), len(medium), len(few)] == [3, 4, 3]
+
+
+class TestFlipLabels:
+    @pytest.mark.parametrize("rate", [0.0, 0.2, 0.29, 1.0])
+    def test_symmetric(self, rate):
+        noisy, flipped = flip_labels(CIFAR10, rate, num_classes=10, seed=0)
+        np.testing.assert_array_equal(flipped, noisy != CIFAR10)
+        np.testing.assert_array_equal(class_counts(CIFAR10[flipped], 10), round(5000 * rate))
+        landed = np.zeros([10, 10], int)
+        np.add.at(landed, (CIFAR10[flipped], noisy[flipped]), 1)
+        each = 5000 * rate / 9
+        expected = each * (1 - np.eye(10))
+        np.testing.assert_allclose(landed, expected, atol=6 * np.sqrt(each))
+
+    def test_rate_is_rounded_and_not_truncated(self):
+        _, flipped = flip_labels(np.repeat([0, 1], 100), 0.29, num_classes=2, seed=0)
+        assert flipped.sum() == 58  # 0.29 * 100 is 28.999999999999996
+
+    def test_symmetric_inclusive(self):
+        noisy, flipped = flip_labels(
+            CIFAR10, 0.5, kind="symmetric_inclusive", num_classes=10, seed=0
+        )
+        np.testing.assert_array_equal(flipped, noisy != CIFAR10)
+        np.testing.assert_allclose(flipped.mean(), 0.5 * 9 / 10, atol=5e-3)
+
+    def test_asymmetric(self):
+        noisy, flipped = flip_labels(CIFAR10, 0.3, kind="asymmetric", num_classes=10, seed=0)
+        np.testing.assert_array_equal(class_counts(CIFAR10[flipped], 10), 1500)
+        np.testing.assert_array_equal(noisy[flipped], (CIFAR10[flipped] + 1) % 10)
+
+    @pytest.mark.parametrize("rate", [0.4, 1.0])
+    def test_transition_matrix(self, rate):
+        transition = np.array([[0.5, 0.5, 0], [0, 1, 0], [0.2, 0.3, 0.5]])
+        labels = np.repeat([0, 1, 2], 10_000)
+        noisy, flipped = flip_labels(labels, rate, kind=transition, num_classes=3, seed=0)
+        np.testing.assert_array_equal(flipped, noisy != labels)
+        measured = np.stack([class_counts(noisy[labels == c], 3) / 10_000 for c in range(3)])
+        expected = (1 - rate) * np.eye(3) + rate * transition
+        np.testing.assert_allclose(measured, expected, atol=0.02)
+        np.testing.assert_array_equal(measured[expected == 0], 0)
+
+    def test_seed(self):
+        def flip(seed):
+            return flip_labels(CIFAR10, 0.3, num_classes=10, seed=seed)[0]
+
+        np.testing.assert_array_equal(flip(3), flip(3))
+        np.testing.assert_array_equal(flip(3), flip(np.random.default_rng(3)))
+        assert not np.array_equal(flip(3), flip(4))
+
+    def test_input_is_left_alone(self):
+        labels = np.array([0, 1] * 10, np.uint8)
+        noisy, _ = flip_labels(labels, 1.0, num_classes=2, seed=0)
+        np.testing.assert_array_equal(labels, [0, 1] * 10)
+        np.testing.assert_array_equal(noisy, [1, 0] * 10)
+        assert noisy.dtype == np.uint8
+
+    def test_absent_class(self):
+        _, flipped = flip_labels([0, 0, 2, 2], 0.5, num_classes=3, seed=0)
+        assert flipped.sum() == 2
+
+
+def flip(labels=(0, 1, 2), rate=0.5, kind="symmetric", num_classes=3):
+    return flip_labels(labels, rate, kind=kind, num_classes=num_classes, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: class_counts([0.0], 3), "labels must be integers, got float64"),
+        (lambda: class_counts([0, 3], 3), r"labels must lie in \[0, 3\), got 3"),
+        (lambda: class_counts([-1, 0], 3), r"labels must lie in \[0, 3\), got -1"),
+        (lambda: long_tailed_counts(100, 10, 0), r"imbalance_factor .* \(0, 1\], got 0"),
+        (lambda: long_tailed_counts(100, 10, 1.5), r"imbalance_factor .* \(0, 1\], got 1.5"),
+        (lambda: long_tailed_counts(100, 1, 0.5), "num_classes must be at least 2, got 1"),
+        (lambda: long_tailed_counts(100, 10, 0.5, kind="linear"), "'exp' or 'step', got 'linear'"),
+        (lambda: long_tailed_counts(50, 10, 0.01), "got 50 with an imbalance_factor of 0.01"),
+        (
+            lambda: long_tailed_indices([0, 0, 1, 1], 0.5, max_count=3, seed=0),
+            "got 3: class 0 has 2 and needs 3",
+        ),
+        (
+            lambda: long_tailed_indices([0, 0, 2, 2], 0.5, seed=0),
+            r"labels must lie in \[0, 2\), got 2",
+        ),
+        (lambda: long_tailed_indices([], 0.5, seed=0), "labels must be integers, got float64"),
+        (
+            lambda: long_tailed_indices([0, 0, 1, 1], 0.5, class_order=[0, 2], seed=0),
+            r"permutation of 0, \.\.\., 1, got \[0 2\]",
+        ),
+        (lambda: split_by_count([1, 2], many=5, few=6), "few must not exceed many, got 6 and 5"),
+        (lambda: flip(rate=1.1), r"rate must lie in \[0, 1\], got 1.1"),
+        (lambda: flip(rate=-0.1), r"rate must lie in \[0, 1\], got -0.1"),
+        (lambda: flip(kind="uniform"), "transition matrix, got 'uniform'"),
+        (lambda: flip(kind=np.eye(2)), r"shape \(3, 3\), got \(2, 2\)"),
+        (lambda: flip(kind=2 * np.eye(3)), "sum to 1"),
+        (lambda: flip(kind=2 * np.eye(3) - np.full([3, 3], 1 / 3)), "not negative"),
+        (lambda: flip(labels=[0, 3]), r"labels must lie in \[0, 3\), got 3"),
+        (lambda: flip(labels=[[0, 1]]), r"labels must have shape \[N\], got \(1, 2\)"),
+        (lambda: flip(labels=[0], num_classes=1), "num_classes must be at least 2, got 1"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
