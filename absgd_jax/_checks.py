@@ -1,0 +1,31 @@
+"""What several parts of the library ask of their arguments."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+
+
+def is_concrete(x: object) -> bool:
+    """Whether x is a Python or NumPy value, which can be checked without touching a device."""
+    return not isinstance(x, jax.Array)
+
+
+def as_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
+    """``where`` as a boolean array of the shape of the losses; all true if it is ``None``."""
+    if where is None:
+        return jnp.ones(shape, bool)
+    where = jnp.asarray(where)
+    if where.dtype != bool:
+        raise TypeError(
+            f"where must be boolean, got {where.dtype}; a mask of numbers needs `mask > 0`."
+        )
+    if where.shape != shape:
+        raise ValueError(
+            f"where must have the shape of losses, {shape}, got {where.shape}; "
+            "broadcast it with jnp.broadcast_to if that is meant."
+        )
+    return where

@@ -1,0 +1,75 @@
+"""Labels of either kind, integers or distributions: checks, and the loss at a label."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from absgd_jax._checks import as_mask, at_least_float32, is_concrete
+
+
+def canonicalize(
+    name: str,
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    *,
+    distributions: bool = True,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Checked logits in float32 or wider, labels, and mask; what is masked out is set to zero."""
+    logits = jnp.asarray(logits)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}; cast them.")
+    if logits.ndim == 0:
+        raise ValueError(f"{name}: logits must have shape [..., C], got a scalar.")
+    *leading, num_classes = logits.shape
+    shape = tuple(leading)
+    mask = as_mask(where, shape)
+
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    integer = is_integer(labels)
+    soft = distributions and jnp.issubdtype(labels.dtype, jnp.floating)
+    if not ((integer and labels.shape == shape) or (soft and labels.shape == logits.shape)):
+        kinds = f"integers of shape {shape}"
+        if distributions:
+            kinds += f" or floats of shape {logits.shape}, distributions over the classes"
+        raise ValueError(f"{name}: labels must be {kinds}, got {labels.dtype} {labels.shape}.")
+    if isinstance(labels, np.ndarray) and is_concrete(where):
+        kept = labels if where is None else labels[np.asarray(where)]
+        high = num_classes - 1 if integer else 1
+        wrong = kept[~((kept >= 0) & (kept <= high))]
+        if wrong.size:
+            raise ValueError(
+                f"{name}: labels must lie in [0, {high}], got {wrong[0]}; mask out examples that "
+                "have no label with `where`."
+            )
+
+    dtype = at_least_float32(logits.dtype)
+    # Zeros in place of what is masked out: 0 * NaN would be NaN in the gradient.
+    logits = jnp.where(mask[..., None], logits.astype(dtype), 0)
+    if integer:
+        labels = jnp.asarray(labels).astype(jnp.int32)
+        labels = jnp.where(labels < 0, num_classes, labels)  # out of range, not the last class
+        return logits, jnp.where(mask, labels, 0), mask
+    return logits, jnp.where(mask[..., None], jnp.asarray(labels).astype(dtype), 0), mask
+
+
+def is_integer(labels: jax.Array | np.ndarray) -> bool:
+    return jnp.issubdtype(labels.dtype, jnp.integer)
+
+
+def distribution(labels: jax.Array, logits: jax.Array) -> jax.Array:
+    """Labels as distributions, of the shape and dtype of the logits."""
+    if is_integer(labels):
+        return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
+    return labels
+
+
+def expected(loss: Callable[..., jax.Array], labels: jax.Array, *per_class: jax.Array) -> jax.Array:
+    """Mean of ``loss(*per_class)`` over the classes that the labels give, [..., C] -> [...]."""
+    if is_integer(labels):
+        label = labels[..., None]
+        return loss(*(jnp.take_along_axis(x, label, axis=-1) for x in per_class))[..., 0]
+    return jnp.sum(labels * loss(*per_class), axis=-1)

@@ -1,0 +1,131 @@
+"""How often the classes occur: counts, class weights, and when to apply them."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from absgd_jax._checks import is_concrete
+
+
+def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
+    r"""Class weights by the effective number of examples.
+
+    .. math::
+      w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_{c=1}^C w_c = C
+
+    from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta \to 1`.
+
+    Args:
+      class_counts: Number of examples of each class, of shape ``[C]``. A class with none gets the
+        weight of the rarest class that has some.
+      beta: β, in [0, 1).
+
+    Returns:
+      Weights of shape ``[C]`` that sum to C. Those of the examples are ``weights[labels]``.
+
+    Raises:
+      ValueError: ``class_counts`` has another shape, a negative or no positive entry; or ``beta``
+        is out of range.
+
+    Examples:
+      >>> from absgd_jax.losses import class_balanced_weights
+      >>> print(class_balanced_weights([5000, 500, 50], beta=0.999).round(2))
+      [0.13 0.32 2.56]
+
+    References:
+      Cui et al., `Class-Balanced Loss Based on Effective Number of Samples
+      <https://arxiv.org/abs/1901.05555>`_, CVPR 2019
+    """
+    if is_concrete(beta) and not 0 <= beta < 1:
+        raise ValueError(
+            f"class_balanced_weights: beta must lie in [0, 1), got {beta}; its limit at 1 is "
+            "inverse_frequency_weights."
+        )
+    counts, _ = positive_counts("class_balanced_weights", class_counts)
+    # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999.
+    return _normalize(-1 / jnp.expm1(counts * jnp.log1p(-jnp.asarray(1 - beta, counts.dtype))))
+
+
+def inverse_frequency_weights(class_counts: ArrayLike) -> jax.Array:
+    r"""Class weights inversely proportional to the counts.
+
+    .. math::
+      w_c \propto \frac{1}{n_c}, \qquad \sum_{c=1}^C w_c = C
+
+    Args:
+      class_counts: Number of examples of each class, of shape ``[C]``. A class with none gets the
+        weight of the rarest class that has some.
+
+    Returns:
+      Weights of shape ``[C]`` that sum to C. Those of the examples are ``weights[labels]``.
+
+    Raises:
+      ValueError: ``class_counts`` has another shape, a negative or no positive entry.
+
+    Examples:
+      >>> from absgd_jax.losses import inverse_frequency_weights
+      >>> print(inverse_frequency_weights([40, 40, 20]))
+      [0.75 0.75 1.5 ]
+    """
+    counts, _ = positive_counts("inverse_frequency_weights", class_counts)
+    return _normalize(1 / counts)
+
+
+def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Array], jax.Array]:
+    """Schedule of deferred re-weighting (DRW): equal class weights first, then ``weights``.
+
+    Args:
+      weights: Class weights of shape ``[C]``, such as :func:`class_balanced_weights`.
+      start: The first step that has them.
+
+    Returns:
+      A schedule, step -> weights of shape ``[C]``; the step may be traced.
+
+    Examples:
+      >>> from absgd_jax.losses import deferred_weights, inverse_frequency_weights
+      >>> schedule = deferred_weights(inverse_frequency_weights([40, 40, 20]), start=100)
+      >>> print(schedule(99), schedule(100))
+      [1. 1. 1.] [0.75 0.75 1.5 ]
+
+    References:
+      Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
+      <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019
+    """
+    weights = jnp.asarray(weights)
+    return lambda step: jnp.where(step < start, jnp.ones_like(weights), weights)
+
+
+def positive_counts(
+    name: str, class_counts: ArrayLike, logits: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Counts, zeros replaced by the smallest that is not; and which of them were not zero.
+
+    The logarithm or the inverse of a zero would be infinite. A class that the counts say is never
+    met counts as the rarest of the others instead, which leaves the counts' unit open: fractions
+    will do.
+    """
+    shape = np.shape(class_counts)
+    if len(shape) != 1 or (logits is not None and shape != logits.shape[-1:]):
+        raise ValueError(
+            f"{name}: class_counts must hold one count a class, shape "
+            f"{'[C]' if logits is None else logits.shape[-1:]}, got shape {shape}."
+        )
+    if is_concrete(class_counts):
+        concrete = np.asarray(class_counts)
+        if not (np.all((concrete >= 0) & (concrete < np.inf)) and np.any(concrete > 0)):
+            raise ValueError(
+                f"{name}: class_counts must be finite, not negative and not all zero, got "
+                f"{class_counts}."
+            )
+    counts = jnp.asarray(class_counts, float if logits is None else logits.dtype)
+    met = counts > 0
+    # 1 if all are zero, which traced ones may be: the batch counts of a batch that is masked whole.
+    rarest = jnp.min(counts, where=met, initial=jnp.maximum(jnp.max(counts), 1))
+    return jnp.where(met, counts, rarest), met
+
+
+def _normalize(weights: jax.Array) -> jax.Array:
+    return weights * (weights.size / jnp.sum(weights))

@@ -1,0 +1,130 @@
+"""Cross-entropies that wrong labels can't dominate."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from absgd_jax._checks import is_concrete
+from absgd_jax.losses._labels import canonicalize, distribution, expected
+
+
+def symmetric_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    alpha: float | jax.Array = 0.1,
+    beta: float | jax.Array = 1.0,
+    log_zero: float | jax.Array = -4.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Symmetric cross-entropy: cross-entropy plus its reverse, which is bounded.
+
+    .. math::
+      l = -\alpha \sum_k q_k \log p_k - \beta \sum_k p_k \max(\log q_k, A),
+      \qquad p = \mathrm{softmax}(z)
+
+    For a label :math:`y` the reverse term is :math:`-A (1 - p_y)`.
+
+    Args:
+      logits: z, floating point, of shape ``[..., C]``.
+      labels: q, distributions of shape ``[..., C]``, or integers of shape ``[...]``.
+      alpha: α, the weight of the cross-entropy.
+      beta: β, the weight of the reverse cross-entropy. These defaults are the authors' for
+        CIFAR-10; for CIFAR-100 they have α = 6 and β = 0.1.
+      log_zero: A, what stands for the logarithm of 0; negative. The authors' code has
+        ``log(1e-4)``.
+      where: Boolean array of shape ``[...]``: the entries that are not masked out.
+
+    Returns:
+      Losses of shape ``[...]``, in float32 or in the dtype of ``logits`` if that is wider.
+
+    Raises:
+      TypeError, ValueError: As :func:`balanced_softmax`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax.losses import symmetric_cross_entropy
+      >>> logits, labels = jnp.array([[9.0, 0.0], [9.0, 0.0]]), jnp.array([0, 1])
+      >>> print(symmetric_cross_entropy(logits, labels).round(2))
+      [0.  4.9]
+
+    References:
+      Wang et al., `Symmetric Cross Entropy for Robust Learning with Noisy Labels
+      <https://arxiv.org/abs/1908.06112>`_, ICCV 2019
+    """
+    logits, labels, where = canonicalize("symmetric_cross_entropy", logits, labels, where)
+    if is_concrete(log_zero) and not log_zero < 0:
+        raise ValueError(
+            f"symmetric_cross_entropy: log_zero must be negative, got {log_zero}; it stands for "
+            "the logarithm of 0."
+        )
+    log_p, q = jax.nn.log_softmax(logits), distribution(labels, logits)
+    forward = expected(jnp.negative, labels, log_p)
+    log_q = jnp.log(jnp.where(q > 0, q, 1))  # a logarithm of 0 would be NaN in the labels' gradient
+    log_q = jnp.where(q > 0, jnp.maximum(log_q, log_zero), log_zero)
+    reverse = -jnp.sum(jnp.exp(log_p) * log_q, axis=-1)
+    return jnp.where(where, alpha * forward + beta * reverse, 0)
+
+
+def generalized_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    q: float | jax.Array = 0.7,
+    truncation: float | jax.Array = 0.0,
+    where: ArrayLike | None = None,
+) -> jax.Array:
+    r"""Generalized cross-entropy, and its truncated form.
+
+    .. math::
+      l = \frac{1 - \max(p_y, k)^q}{q}, \qquad p = \mathrm{softmax}(z)
+
+    between cross-entropy, :math:`q \to 0`, and half the absolute error, :math:`q = 1`. Truncated,
+    :math:`k > 0`, it ignores the examples whose label is less probable than :math:`k`: they have
+    a constant loss and no gradient. The loss is never negative, which the form with
+    :math:`l(k)` subtracted is.
+
+    Args:
+      logits: z, floating point, of shape ``[..., C]``.
+      labels: Integers of shape ``[...]``, or distributions of shape ``[..., C]``.
+      q: In (0, 1]; the larger, the more robust and the slower to fit.
+      truncation: k, in [0, 1); the paper's truncated loss has 0.5, and trains without at first.
+      where: Boolean array of shape ``[...]``: the entries that are not masked out.
+
+    Returns:
+      Losses of shape ``[...]``, in float32 or in the dtype of ``logits`` if that is wider.
+
+    Raises:
+      TypeError, ValueError: As :func:`balanced_softmax`.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax.losses import generalized_cross_entropy
+      >>> logits, labels = jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1])
+      >>> print(generalized_cross_entropy(logits, labels).round(2))
+      [0.12 1.11]
+      >>> print(generalized_cross_entropy(logits, labels, truncation=0.5).round(2))
+      [0.12 0.55]
+
+    References:
+      Zhang & Sabuncu, `Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
+      Labels <https://arxiv.org/abs/1805.07836>`_, NeurIPS 2018
+    """
+    logits, labels, where = canonicalize("generalized_cross_entropy", logits, labels, where)
+    if is_concrete(q) and not 0 < q <= 1:
+        raise ValueError(
+            f"generalized_cross_entropy: q must lie in (0, 1], got {q}; its limit at 0 is "
+            "cross-entropy."
+        )
+    if is_concrete(truncation) and not 0 <= truncation < 1:
+        raise ValueError(
+            f"generalized_cross_entropy: truncation must lie in [0, 1), got {truncation}; 0 "
+            "truncates nothing."
+        )
+    lowest = jnp.log(jnp.asarray(truncation, logits.dtype))
+
+    def loss(log_p: jax.Array) -> jax.Array:
+        return -jnp.expm1(q * jnp.maximum(log_p, lowest)) / q
+
+    losses = expected(loss, labels, jax.nn.log_softmax(logits))
+    return jnp.where(where, losses, 0)
