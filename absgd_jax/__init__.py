@@ -1,5 +1,7 @@
 """Attentional-biased training on imbalanced and noisy data, as optax transformations."""
 
+from absgd_jax import data as data
+from absgd_jax import losses as losses
 from absgd_jax._attention import Attention as Attention
 from absgd_jax._attention import attention as attention
 from absgd_jax._attention import AttentionState as AttentionState

@@ -21,6 +21,8 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
+from absgd_jax._checks import as_mask, at_least_float32, is_concrete
+
 # From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
 _INF_TEMPERATURE = 1e30
 
@@ -214,14 +216,14 @@ def moving_baseline(
     """
     if not callable(temperature):
         _check_temperature(temperature)
-    if _is_concrete(gamma) and not 0 < gamma <= 1:
+    if is_concrete(gamma) and not 0 < gamma <= 1:
         raise ValueError(
             f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch "
             "in the moving average, one minus its decay."
         )
-    if _is_concrete(alpha) and not 0 < alpha < np.inf:
+    if is_concrete(alpha) and not 0 < alpha < np.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}.")
-    if max_jump is not None and _is_concrete(max_jump) and not max_jump > 0:
+    if max_jump is not None and is_concrete(max_jump) and not max_jump > 0:
         raise ValueError(
             f"max_jump must be positive, got {max_jump}; None leaves the average unbounded."
         )
@@ -244,27 +246,30 @@ def moving_baseline(
         started = jnp.isfinite(baseline)
         flat = jnp.abs(lam) >= _INF_TEMPERATURE
         active = jnp.isfinite(loss) & ~flat
-        # What the outer wheres below discard must be finite as well, or its gradient is NaN.
+        # What the wheres below discard must be finite as well, or its gradient is NaN.
         safe_lam = jnp.where(flat, 1, lam)
-        safe_loss = jnp.where(active, loss, 0)
-        safe_baseline = jnp.where(started, baseline, safe_loss)
+        safe_baseline = jnp.where(started, baseline, loss)
 
         # With a = exp(V/λ) and b = exp(F/λ): lag = log(a/b) and growth = log(((1-γ) a + γ b) / b).
-        lag = jnp.nan_to_num((safe_baseline - safe_loss) / safe_lam)
+        lag = jnp.nan_to_num((safe_baseline - loss) / safe_lam)
         if max_jump is not None:
             bound = jnp.asarray(max_jump, dtype)
-            safe_loss = jnp.where(lag < -bound, safe_baseline + safe_lam * bound, safe_loss)
+            loss = jnp.where(lag < -bound, safe_baseline + safe_lam * bound, loss)
             lag = jnp.maximum(lag, -bound)
         growth = jax.nn.logsumexp(
             jnp.stack([lag, jnp.zeros_like(lag)]),
             b=jnp.stack([jnp.where(started, 1 - newest, 0), newest]),
+        )
+        # From the larger share on, so that what is added stays small and finite.
+        averaged = jnp.where(
+            lag > 0, safe_baseline + safe_lam * (growth - lag), loss + safe_lam * growth
         )
         count = optax.safe_increment(state.count)
         scale = jnp.where(active, jnp.exp(-growth) / jnp.asarray(alpha, dtype), 1)
         return scale, AttentionState(
             count=count,
             temperature=jnp.asarray(temperature(count) if callable(temperature) else lam, dtype),
-            baseline=jnp.where(active, safe_loss + safe_lam * growth, baseline),
+            baseline=jnp.where(active, averaged, baseline),
         )
 
     return init, advance
@@ -291,16 +296,7 @@ def _tilt(
             "before any mean or sum."
         )
     if where is not None:
-        where = jnp.asarray(where)
-        if where.dtype != bool:
-            raise TypeError(
-                f"where must be boolean, got {where.dtype}; a mask of numbers needs `mask > 0`."
-            )
-        if where.shape != losses.shape:
-            raise ValueError(
-                f"where must have the shape of losses, {losses.shape}, got {where.shape}; "
-                "broadcast it with jnp.broadcast_to if that is meant."
-            )
+        where = as_mask(where, losses.shape)
 
     dtype = at_least_float32(losses.dtype)
     losses, lam = losses.astype(dtype), jnp.asarray(temperature, dtype)
@@ -340,32 +336,24 @@ def _tilt(
     return loss, weights if where is None else jnp.where(where, weights, 0), n
 
 
-def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
-
-
-def _is_concrete(x: object) -> bool:
-    """Whether x is a Python or NumPy number, which can be checked without touching a device."""
-    return isinstance(x, int | float | np.generic | np.ndarray)
-
-
 def _check_temperature(temperature: ArrayLike) -> None:
     if callable(temperature):
         raise TypeError(
-            "temperature must be a number here, got a schedule; pass what the schedule "
-            "gives for this step, which is get_temperature(opt_state)."
-        )
-    if not (_is_concrete(temperature) or isinstance(temperature, jax.Array)):
-        raise TypeError(
-            f"temperature must be a number, an array or a schedule, got {temperature!r}."
+            "temperature must be a number here, got a schedule; pass what the schedule gives for "
+            "this step, which is get_temperature(opt_state)."
         )
     if np.shape(temperature) != ():
         raise ValueError(
-            f"temperature must be a scalar, got shape {np.shape(temperature)}; to run "
-            "several, use jax.vmap."
+            f"temperature must be a scalar, got shape {np.shape(temperature)}; to run several, use "
+            "jax.vmap."
         )
-    if _is_concrete(temperature) and (temperature == 0 or temperature != temperature):
-        raise ValueError(
-            f"temperature must be neither 0 nor NaN, got {temperature}; positive leans on "
-            "hard examples, negative on easy ones, and inf is the plain mean."
-        )
+    if is_concrete(temperature):
+        if not isinstance(temperature, int | float | np.number | np.ndarray):
+            raise TypeError(
+                f"temperature must be a number, an array or a schedule, got {temperature!r}."
+            )
+        if temperature == 0 or np.isnan(temperature):
+            raise ValueError(
+                f"temperature must be neither 0 nor NaN, got {temperature}; positive leans on hard "
+                "examples, negative on easy ones, and inf is the plain mean."
+            )

@@ -14,10 +14,8 @@ def is_concrete(x: object) -> bool:
     return not isinstance(x, jax.Array)
 
 
-def as_mask(where: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array:
-    """``where`` as a boolean array of the shape of the losses; all true if it is ``None``."""
-    if where is None:
-        return jnp.ones(shape, bool)
+def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+    """``where`` as a boolean array of the shape of the losses."""
     where = jnp.asarray(where)
     if where.dtype != bool:
         raise TypeError(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from absgd_jax._attention import at_least_float32, AttentionState, moving_baseline
+from absgd_jax._attention import AttentionState, moving_baseline
+from absgd_jax._checks import at_least_float32
 
 
 def scale_by_attention(

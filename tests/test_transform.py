@@ -168,13 +168,14 @@ class TestHead:
         chex.assert_trees_all_equal(after._replace(count=state.count), state)
 
     @pytest.mark.parametrize("temperature", [1e-6, -1e-6, 1.0, 1e20])
-    @pytest.mark.parametrize("values", [(1e30, -1e30, 1e30), (-3e38, 3e38, -3e38), (0.0, 1e-30)])
+    @pytest.mark.parametrize("values", [(1e30, -1e30, 1e30), (-3e38, 3e38, -3e38)])
     def test_enormous_values(self, temperature, values):
         tx = scale_by_attention(temperature)
         state = tx.init(1.0)
         for value in values:
             scale, state = tx.update(1.0, state, value=value)
             assert 0 <= scale <= 1 / 0.9 + 1e-6
+            assert jnp.isfinite(state.baseline)
 
     def test_gradient_of_updates_that_leave_the_average(self, x64):
         # Off, then on, then a value that is not finite, then off again.

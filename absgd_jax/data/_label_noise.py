@@ -60,14 +60,14 @@ def flip_labels(
       Kim et al., `NLNL: Negative Learning for Noisy Labels
       <https://arxiv.org/abs/1908.07387>`_, ICCV 2019, for the two kinds of symmetric noise
     """
-    labels = check_labels("flip_labels", labels, num_classes)
+    labels = check_labels(labels, num_classes)
     if num_classes < 2:
-        raise ValueError(f"flip_labels: num_classes must be at least 2, got {num_classes}.")
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     if labels.ndim != 1:
-        raise ValueError(f"flip_labels: labels must have shape [N], got {labels.shape}.")
+        raise ValueError(f"labels must have shape [N], got {labels.shape}.")
     if not 0 <= rate <= 1:
         raise ValueError(
-            f"flip_labels: rate must lie in [0, 1], got {rate}; it is the fraction of labels that "
+            f"rate must lie in [0, 1], got {rate}; it is the fraction of labels that "
             "are drawn again."
         )
     identity = np.eye(num_classes)
@@ -81,16 +81,14 @@ def flip_labels(
         transition = np.roll(identity, 1, axis=1)
     else:
         raise ValueError(
-            "flip_labels: kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a "
+            "kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a "
             f"transition matrix, got {kind!r}."
         )
     if transition.shape != identity.shape:
-        raise ValueError(
-            f"flip_labels: kind must have shape {identity.shape}, got {transition.shape}."
-        )
+        raise ValueError(f"kind must have shape {identity.shape}, got {transition.shape}.")
     if np.any(transition < 0) or not np.allclose(transition.sum(axis=1), 1):
         raise ValueError(
-            "flip_labels: kind must hold distributions, rows that are not negative and sum to 1, "
+            "kind must hold distributions, rows that are not negative and sum to 1, "
             f"got {transition}."
         )
     rng = np.random.default_rng(seed)

@@ -24,7 +24,7 @@ def class_counts(labels: ArrayLike, num_classes: int) -> NDArray[np.int64]:
       >>> print(class_counts([0, 2, 2, 0, 2], num_classes=4))
       [2 0 3 0]
     """
-    labels = check_labels("class_counts", labels, num_classes)
+    labels = check_labels(labels, num_classes)
     return np.bincount(labels.ravel(), minlength=num_classes).astype(np.int64)
 
 
@@ -66,22 +66,22 @@ def long_tailed_counts(
     """
     if not 0 < imbalance_factor <= 1:
         raise ValueError(
-            f"long_tailed_counts: imbalance_factor must lie in (0, 1], got {imbalance_factor}; it "
+            f"imbalance_factor must lie in (0, 1], got {imbalance_factor}; it "
             "is the size of the rarest class by that of the most frequent."
         )
     if num_classes < 2:
-        raise ValueError(f"long_tailed_counts: num_classes must be at least 2, got {num_classes}.")
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     if kind == "exp":
         exponents = [c / (num_classes - 1) for c in range(num_classes)]
     elif kind == "step":
         exponents = [float(c >= num_classes // 2) for c in range(num_classes)]
     else:
-        raise ValueError(f"long_tailed_counts: kind must be 'exp' or 'step', got {kind!r}.")
+        raise ValueError(f"kind must be 'exp' or 'step', got {kind!r}.")
     # Python's own arithmetic: published data sets hang on the last bit before the truncation.
     counts = [int(max_count * imbalance_factor**exponent) for exponent in exponents]
     if counts[-1] < 1:
         raise ValueError(
-            "long_tailed_counts: max_count must leave the rarest class an example, got "
+            "max_count must leave the rarest class an example, got "
             f"{max_count} with an imbalance_factor of {imbalance_factor}."
         )
     return np.array(counts, np.int64)
@@ -132,15 +132,14 @@ def long_tailed_indices(
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
     if not np.array_equal(np.sort(order), np.arange(num_classes)):
         raise ValueError(
-            f"long_tailed_indices: class_order must be a permutation of 0, ..., {num_classes - 1}, "
-            f"got {order}."
+            f"class_order must be a permutation of 0, ..., {num_classes - 1}, got {order}."
         )
     rng = np.random.default_rng(seed)
     chosen = []
     for c, count in zip(order, counts, strict=True):
         if available[c] < count:
             raise ValueError(
-                f"long_tailed_indices: max_count must leave enough examples, got {max_count}: "
+                f"max_count must leave enough examples, got {max_count}: "
                 f"class {c} has {available[c]} and needs {count}."
             )
         chosen.append(rng.choice(np.flatnonzero(labels == c), count, replace=False))
@@ -174,7 +173,7 @@ def split_by_count(
       <https://arxiv.org/abs/1904.05160>`_, CVPR 2019
     """
     if few > many:
-        raise ValueError(f"split_by_count: few must not exceed many, got {few} and {many}.")
+        raise ValueError(f"few must not exceed many, got {few} and {many}.")
     counts = np.asarray(counts)
     return (
         np.flatnonzero(counts > many),
@@ -183,11 +182,11 @@ def split_by_count(
     )
 
 
-def check_labels(name: str, labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
+def check_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{name}: labels must be integers, got {labels.dtype}.")
+        raise ValueError(f"labels must be integers, got {labels.dtype}.")
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
-        raise ValueError(f"{name}: labels must lie in [0, {num_classes}), got {wrong[0]}.")
+        raise ValueError(f"labels must lie in [0, {num_classes}), got {wrong[0]}.")
     return labels

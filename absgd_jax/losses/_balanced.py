@@ -57,12 +57,10 @@ def balanced_softmax(
       Menon et al., `Long-tail learning via logit adjustment
       <https://arxiv.org/abs/2007.07314>`_, ICLR 2021
     """
-    logits, labels, where = canonicalize("balanced_softmax", logits, labels, where)
+    logits, labels, where = canonicalize(logits, labels, where)
     if is_concrete(tau) and not tau >= 0:
-        raise ValueError(
-            f"balanced_softmax: tau must not be negative, got {tau}; 1 is balanced softmax."
-        )
-    counts, met = positive_counts("balanced_softmax", class_counts, logits)
+        raise ValueError(f"tau must not be negative, got {tau}; 1 is balanced softmax.")
+    counts, met = positive_counts(class_counts, logits)
     return _balanced(logits, labels, where, tau * jnp.log(counts), met)
 
 
@@ -113,18 +111,18 @@ def arb(
       Xie et al., `Neural Collapse Inspired Attraction-Repulsion-Balanced Loss for Imbalanced
       Learning <https://arxiv.org/abs/2204.08735>`_, Neurocomputing 2023
     """
-    logits, labels, where = canonicalize("arb", logits, labels, where)
+    logits, labels, where = canonicalize(logits, labels, where)
     if class_counts is None:
         if logits.ndim == 1 and axis_name is None:
             raise ValueError(
-                f"arb: logits must hold a batch to count the classes in, got shape {logits.shape}; "
+                f"logits must hold a batch to count the classes in, got shape {logits.shape}; "
                 "pass class_counts or, under vmap, axis_name."
             )
         weights = jnp.where(where[..., None], distribution(labels, logits), 0)
         class_counts = jnp.sum(weights, axis=tuple(range(where.ndim)))
         if axis_name is not None:
             class_counts = lax.psum(class_counts, axis_name)
-    counts, met = positive_counts("arb", class_counts, logits)
+    counts, met = positive_counts(class_counts, logits)
     return _balanced(logits, labels, where, jnp.log(counts), met)
 
 

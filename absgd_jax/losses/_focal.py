@@ -48,14 +48,14 @@ def focal(
       Lin et al., `Focal Loss for Dense Object Detection
       <https://arxiv.org/abs/1708.02002>`_, ICCV 2017
     """
-    logits, labels, where = canonicalize("focal", logits, labels, where)
+    logits, labels, where = canonicalize(logits, labels, where)
     if is_concrete(gamma) and not gamma >= 0:
-        raise ValueError(f"focal: gamma must not be negative, got {gamma}; 0 is cross-entropy.")
+        raise ValueError(f"gamma must not be negative, got {gamma}; 0 is cross-entropy.")
     if alpha is None:
         alpha = jnp.ones(logits.shape[-1:], logits.dtype)
     if np.shape(alpha) != logits.shape[-1:]:
         raise ValueError(
-            f"focal: alpha must hold one weight a class, shape {logits.shape[-1:]}, got shape "
+            f"alpha must hold one weight a class, shape {logits.shape[-1:]}, got shape "
             f"{np.shape(alpha)}."
         )
 

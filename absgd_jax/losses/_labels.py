@@ -11,7 +11,6 @@ from absgd_jax._checks import as_mask, at_least_float32, is_concrete
 
 
 def canonicalize(
-    name: str,
     logits: ArrayLike,
     labels: ArrayLike,
     where: ArrayLike | None,
@@ -21,12 +20,12 @@ def canonicalize(
     """Checked logits in float32 or wider, labels, and mask; what is masked out is set to zero."""
     logits = jnp.asarray(logits)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"{name}: logits must be floating point, got {logits.dtype}; cast them.")
+        raise TypeError(f"logits must be floating point, got {logits.dtype}; cast them.")
     if logits.ndim == 0:
-        raise ValueError(f"{name}: logits must have shape [..., C], got a scalar.")
+        raise ValueError("logits must have shape [..., C], got a scalar.")
     *leading, num_classes = logits.shape
     shape = tuple(leading)
-    mask = as_mask(where, shape)
+    mask = jnp.ones(shape, bool) if where is None else as_mask(where, shape)
 
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     integer = is_integer(labels)
@@ -35,14 +34,14 @@ def canonicalize(
         kinds = f"integers of shape {shape}"
         if distributions:
             kinds += f" or floats of shape {logits.shape}, distributions over the classes"
-        raise ValueError(f"{name}: labels must be {kinds}, got {labels.dtype} {labels.shape}.")
+        raise ValueError(f"labels must be {kinds}, got {labels.dtype} {labels.shape}.")
     if isinstance(labels, np.ndarray) and is_concrete(where):
         kept = labels if where is None else labels[np.asarray(where)]
         high = num_classes - 1 if integer else 1
         wrong = kept[~((kept >= 0) & (kept <= high))]
         if wrong.size:
             raise ValueError(
-                f"{name}: labels must lie in [0, {high}], got {wrong[0]}; mask out examples that "
+                f"labels must lie in [0, {high}], got {wrong[0]}; mask out examples that "
                 "have no label with `where`."
             )
 

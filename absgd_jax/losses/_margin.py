@@ -55,12 +55,12 @@ def ldam(
       Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019
     """
-    logits, labels, where = canonicalize("ldam", logits, labels, where, distributions=False)
+    logits, labels, where = canonicalize(logits, labels, where, distributions=False)
     if is_concrete(max_margin) and not max_margin >= 0:
-        raise ValueError(f"ldam: max_margin must not be negative, got {max_margin}.")
+        raise ValueError(f"max_margin must not be negative, got {max_margin}.")
     if is_concrete(scale) and not scale > 0:
-        raise ValueError(f"ldam: scale must be positive, got {scale}.")
-    counts, _ = positive_counts("ldam", class_counts, logits)
+        raise ValueError(f"scale must be positive, got {scale}.")
+    counts, _ = positive_counts(class_counts, logits)
     margins = max_margin * (jnp.min(counts) / counts) ** 0.25
     logits -= distribution(labels, logits) * jnp.broadcast_to(margins, logits.shape)
     log_probs = jax.nn.log_softmax(scale * logits)

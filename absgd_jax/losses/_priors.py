@@ -41,10 +41,9 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     """
     if is_concrete(beta) and not 0 <= beta < 1:
         raise ValueError(
-            f"class_balanced_weights: beta must lie in [0, 1), got {beta}; its limit at 1 is "
-            "inverse_frequency_weights."
+            f"beta must lie in [0, 1), got {beta}; its limit at 1 is inverse_frequency_weights."
         )
-    counts, _ = positive_counts("class_balanced_weights", class_counts)
+    counts, _ = positive_counts(class_counts)
     # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999.
     return _normalize(-1 / jnp.expm1(counts * jnp.log1p(-jnp.asarray(1 - beta, counts.dtype))))
 
@@ -70,7 +69,7 @@ def inverse_frequency_weights(class_counts: ArrayLike) -> jax.Array:
       >>> print(inverse_frequency_weights([40, 40, 20]))
       [0.75 0.75 1.5 ]
     """
-    counts, _ = positive_counts("inverse_frequency_weights", class_counts)
+    counts, _ = positive_counts(class_counts)
     return _normalize(1 / counts)
 
 
@@ -99,7 +98,7 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
 
 
 def positive_counts(
-    name: str, class_counts: ArrayLike, logits: jax.Array | None = None
+    class_counts: ArrayLike, logits: jax.Array | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Counts, zeros replaced by the smallest that is not; and which of them were not zero.
 
@@ -110,15 +109,14 @@ def positive_counts(
     shape = np.shape(class_counts)
     if len(shape) != 1 or (logits is not None and shape != logits.shape[-1:]):
         raise ValueError(
-            f"{name}: class_counts must hold one count a class, shape "
+            f"class_counts must hold one count a class, shape "
             f"{'[C]' if logits is None else logits.shape[-1:]}, got shape {shape}."
         )
     if is_concrete(class_counts):
         concrete = np.asarray(class_counts)
         if not (np.all((concrete >= 0) & (concrete < np.inf)) and np.any(concrete > 0)):
             raise ValueError(
-                f"{name}: class_counts must be finite, not negative and not all zero, got "
-                f"{class_counts}."
+                f"class_counts must be finite, not negative and not all zero, got {class_counts}."
             )
     counts = jnp.asarray(class_counts, float if logits is None else logits.dtype)
     met = counts > 0

@@ -52,11 +52,10 @@ def symmetric_cross_entropy(
       Wang et al., `Symmetric Cross Entropy for Robust Learning with Noisy Labels
       <https://arxiv.org/abs/1908.06112>`_, ICCV 2019
     """
-    logits, labels, where = canonicalize("symmetric_cross_entropy", logits, labels, where)
+    logits, labels, where = canonicalize(logits, labels, where)
     if is_concrete(log_zero) and not log_zero < 0:
         raise ValueError(
-            f"symmetric_cross_entropy: log_zero must be negative, got {log_zero}; it stands for "
-            "the logarithm of 0."
+            f"log_zero must be negative, got {log_zero}; it stands for the logarithm of 0."
         )
     log_p, q = jax.nn.log_softmax(logits), distribution(labels, logits)
     forward = expected(jnp.negative, labels, log_p)
@@ -110,17 +109,11 @@ def generalized_cross_entropy(
       Zhang & Sabuncu, `Generalized Cross Entropy Loss for Training Deep Neural Networks with Noisy
       Labels <https://arxiv.org/abs/1805.07836>`_, NeurIPS 2018
     """
-    logits, labels, where = canonicalize("generalized_cross_entropy", logits, labels, where)
+    logits, labels, where = canonicalize(logits, labels, where)
     if is_concrete(q) and not 0 < q <= 1:
-        raise ValueError(
-            f"generalized_cross_entropy: q must lie in (0, 1], got {q}; its limit at 0 is "
-            "cross-entropy."
-        )
+        raise ValueError(f"q must lie in (0, 1], got {q}; its limit at 0 is cross-entropy.")
     if is_concrete(truncation) and not 0 <= truncation < 1:
-        raise ValueError(
-            f"generalized_cross_entropy: truncation must lie in [0, 1), got {truncation}; 0 "
-            "truncates nothing."
-        )
+        raise ValueError(f"truncation must lie in [0, 1), got {truncation}; 0 truncates nothing.")
     lowest = jnp.log(jnp.asarray(truncation, logits.dtype))
 
     def loss(log_p: jax.Array) -> jax.Array:
