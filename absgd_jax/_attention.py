@@ -332,7 +332,7 @@ def _tilt(
         jnp.abs(mean_expm1) < 0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
     )
     loss = jnp.where(flat, sum_losses / divisor, shift + safe_lam * log_mean_exp)
-    weights = exp_z / jnp.where(n > 0, sum_exp, 1)
+    weights = exp_z / sum_exp
     return loss, weights if where is None else jnp.where(where, weights, 0), n
 
 

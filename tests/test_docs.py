@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import pathlib
 import pkgutil
 import re
@@ -13,6 +14,7 @@ import pytest
 import absgd_jax
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
+PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.data]
 MODULES = [m.name for m in pkgutil.walk_packages(absgd_jax.__path__, "absgd_jax.")]
 
 
@@ -28,29 +30,32 @@ def test_docstrings(module):
     assert not failed
 
 
-def test_every_public_name_has_an_example():
-    public = [f for f in vars(absgd_jax).values() if callable(f)]
-    functions = [f for f in public if not isinstance(f, type)]
-    assert len(functions) == 6
+def test_every_public_function_has_an_example():
+    functions = [f for module in PUBLIC for f in vars(module).values() if inspect.isfunction(f)]
+    assert len(functions) == 6 + 10 + 5
     for function in functions:
         assert ">>> " in function.__doc__, function.__name__
 
 
-def test_readme():
+def test_readme(capsys):
     text = README.read_text()
     blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
-    assert len(blocks) == 3
-    namespace, first_losses = {}, []
+    assert len(blocks) == 4
+    namespace = {}
     for block in blocks:
         # Blank lines in front, so that a traceback points into README.
         source = "\n" * text[: block.start(1)].count("\n") + block.group(1)
         exec(compile(source, README, "exec"), namespace)
-        first_losses.append(namespace["loss"])
-    assert all(loss < 0.5 * jnp.log(10) for loss in first_losses)
+        if "train_step" in block.group(1):
+            assert namespace["loss"] < 0.5 * jnp.log(10)
+    accuracies = re.findall(r"(long-tailed|noisy): (0\.\d+)", capsys.readouterr().out)
+    assert [name for name, _ in accuracies] == ["long-tailed", "noisy"]
+    assert all(float(accuracy) > 0.8 for _, accuracy in accuracies)
 
 
 def test_readme_names_everything_public():
     text = README.read_text().split("## Public names")[1]
-    for name in vars(absgd_jax):
-        if not name.startswith("_"):
-            assert re.search(rf"`{name}\b", text), name
+    for module in PUBLIC:
+        for name in vars(module):
+            if not name.startswith("_"):
+                assert re.search(rf"`{name}\b", text), name

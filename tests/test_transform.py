@@ -126,7 +126,8 @@ class TestHead:
     @pytest.mark.parametrize("value_dtype", ["float16", "bfloat16", "float32"])
     def test_dtypes(self, dtype, value_dtype):
         tx = scale_by_attention(1.0)
-        grads = {"a": jnp.full(3, 1.0, dtype), "b": jnp.ones((), jnp.float32), "c": None}
+        narrow = jnp.asarray(0.7, dtype)
+        grads = {"a": jnp.full(3, narrow), "b": narrow.astype(jnp.float32), "c": None}
         state = tx.init(grads)
         for value in (1.0, 2.0):
             updates, new_state = tx.update(grads, state, value=jnp.asarray(value, value_dtype))
