@@ -22,7 +22,8 @@ def pytest_report_header():
 
 
 @pytest.fixture
-def x64():
-    jax.config.update("jax_enable_x64", True)
+def x64(request):
+    """Enables float64; parametrized indirectly, where it is asked to."""
+    jax.config.update("jax_enable_x64", getattr(request, "param", True))
     yield
     jax.config.update("jax_enable_x64", False)
