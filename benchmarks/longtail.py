@@ -9,10 +9,7 @@ splits are balanced. All temperatures, rates and seeds of a loss are one compile
 """
 
 import argparse
-import importlib.metadata
-import json
 import pathlib
-import platform
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +24,7 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, losses, robust_loss
 from absgd_jax.data import class_counts, long_tailed_indices
+from benchmarks import report
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -219,21 +217,14 @@ def choose(args: argparse.Namespace, method: str, attentions, loss, accuracy) ->
 
 
 def table(results: list[Result]) -> str:
-    def cell(accuracy: np.ndarray) -> str:
-        return f"{accuracy[:, -1].mean():.1f} ± {accuracy[:, -1].std(ddof=1):.1f}"
-
     rows = [("loss", "λ", "rate", "accuracy", f"{RARE} rarest", "diverged")]
     for r in results:
         temperature = "∞" if np.isinf(r.temperature) else f"{r.temperature:g}"
         temperature += ", two-stage" * r.two_stage
         rate, diverged = f"{r.learning_rate:g}", f"{r.diverged} of {len(r.rare)}"
-        rows.append((r.loss, temperature, rate, cell(r.overall), cell(r.rare), diverged))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    )
+        accuracies = (report.mean_std(a[:, -1], ".1f") for a in (r.overall, r.rare))
+        rows.append((r.loss, temperature, rate, *accuracies, diverged))
+    return report.markdown(rows)
 
 
 def plot(results: list[Result], rates: list[float], path: pathlib.Path) -> None:
@@ -309,22 +300,11 @@ def main() -> None:
 
     print(table(results))
     plot(results, args.learning_rates, args.out / "longtail.png")
-    report = {
-        "config": vars(args),
-        "versions": {
-            "python": platform.python_version(),
-            **{p: importlib.metadata.version(p) for p in ("jax", "optax", "flax", "scikit-learn")},
-        },
-        "results": [
-            r._asdict() | {"temperature": None if np.isinf(r.temperature) else r.temperature}
-            for r in results
-        ],
-    }
-    (args.out / "results.json").write_text(
-        json.dumps(
-            report, indent=1, default=lambda x: x.tolist() if isinstance(x, np.ndarray) else str(x)
-        )
-    )
+    # JSON has no infinity.
+    records = [
+        r._asdict() | ({"temperature": None} if np.isinf(r.temperature) else {}) for r in results
+    ]
+    report.save(args.out / "results.json", args, records)
     print(f"\nwrote results.json and longtail.png to {args.out}")
 
 

@@ -49,6 +49,22 @@ def test_longtail(tmp_path):
     assert matplotlib.image.imread(out / "longtail.png").std() > 0.05
 
 
+def test_convergence(tmp_path):
+    options = "--temperatures -1.5 --batch-sizes 32 --steps 100 1000 --seeds 2"
+    done = run("benchmarks.convergence", *options.split(), "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert [(r["steps"], r["gamma"]) for r in results] == [
+        (100, 1),
+        (100, 0.1),
+        (1000, 1),
+        (1000, 0.1),
+    ]
+    gaps = [np.mean(r["gap"]) for r in results]
+    assert max(gaps[2:]) < 3e-3 < 1e-2 < min(gaps[:2])
+    assert matplotlib.image.imread(tmp_path / "convergence.png").std() > 0.05
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
