@@ -187,8 +187,8 @@ def attention(
     ) -> tuple[jax.Array, AttentionState]:
         if not isinstance(state, AttentionState):
             raise TypeError(
-                f"state must be an AttentionState, got {type(state).__name__}; start "
-                "from init() and pass on the state that update returns."
+                f"state must be an AttentionState, got {type(state).__name__}; start from init() "
+                "and pass on the state that update returns."
             )
         losses = jnp.asarray(losses)
         loss, weights, n = _tilt(losses, _current(temperature, state), where, axis_name)
@@ -218,8 +218,8 @@ def moving_baseline(
         _check_temperature(temperature)
     if is_concrete(gamma) and not 0 < gamma <= 1:
         raise ValueError(
-            f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch "
-            "in the moving average, one minus its decay."
+            f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch in the "
+            "moving average, one minus its decay."
         )
     if is_concrete(alpha) and not 0 < alpha < np.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}.")

@@ -81,15 +81,14 @@ def scale_by_attention(
         del params, extra_args
         if value is None:
             raise TypeError(
-                "value is missing; the update depends on the loss whose "
-                "gradients it scales: tx.update(grads, state, params, value=loss). A loop that "
-                "can't pass it on, such as flax's TrainState, can weight its losses with "
-                "absgd_jax.attention instead."
+                "value is missing; attention depends on the loss whose gradients it scales: "
+                "tx.update(grads, state, params, value=loss). A loop that can't pass it on, such "
+                "as flax's TrainState, can weight its losses with absgd_jax.attention instead."
             )
         if jnp.shape(value) != ():
             raise ValueError(
-                f"value must be a scalar, got shape {jnp.shape(value)}; pass "
-                "robust_loss(losses, temperature), not the losses."
+                f"value must be a scalar, got shape {jnp.shape(value)}; pass robust_loss(losses, "
+                "temperature), not the losses."
             )
         if where is not None:
             value = jnp.where(jnp.any(where), value, jnp.inf)
@@ -292,17 +291,17 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
     sources = [s for s in jax.tree.leaves(opt_state, is_leaf=is_source) if is_source(s)]
     if len(sources) != 1:
         raise ValueError(
-            f"opt_state must hold one AttentionState, got {len(sources)}; pass "
-            "the state of absgd, abadam or scale_by_attention, or of what wraps it. To train parts "
-            "of a model apart, put one scale_by_attention in front of optax.partition."
+            f"opt_state must hold one AttentionState, got {len(sources)}; pass the state of absgd, "
+            "abadam or scale_by_attention, or of what wraps it. To train parts of a model apart, "
+            "put one scale_by_attention in front of optax.partition."
         )
     (source,) = sources
     if isinstance(source, AttentionState):
         return jnp.asarray(source.temperature)
     if "temperature" in getattr(source, "hyperparams_states", ()):
         raise ValueError(
-            "optax.inject_hyperparams schedules the temperature and its state "
-            "tells the value of the last step, not of the next; pass "
-            "static_args=('temperature',) to it, and absgd_jax follows the schedule itself."
+            "optax.inject_hyperparams schedules the temperature and its state tells the value of "
+            "the last step, not of the next; pass static_args=('temperature',) to it, and "
+            "absgd_jax follows the schedule itself."
         )
     return jnp.asarray(source.hyperparams["temperature"])
