@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 STEPS, BATCH, HIDDEN, CLASSES = 250, 32, 4, 10
 SGD_RATE, ADAM_RATE, MOMENTUM = 0.02, 0.005, 0.9
+SNAPSHOTS = slice(49, None, 50)  # the steps whose parameters are recorded
 
 
 class Case(NamedTuple):
@@ -111,11 +112,9 @@ def train_all(optimizer, cases):
     return {k: np.stack([t[k] for t in trajectories]) for k in trajectories[0]}, np.stack(values)
 
 
-def relative_error(actual, expected):
-    """Largest error of each array, relative to its largest entry, over cases and steps [C, T]."""
-    errors = []
-    for k in expected:
-        axes = tuple(range(2, expected[k].ndim))
-        difference = np.abs(np.asarray(actual[k], np.float64) - expected[k])
-        errors.append(difference.max(axis=axes) / np.abs(expected[k]).max(axis=axes))
-    return np.max(errors, axis=0)
+def relative(params, expected):
+    """Every array over the largest entry of what is expected, case by case and step by step."""
+    scale = {
+        k: np.abs(e).max(axis=tuple(range(2, e.ndim)), keepdims=True) for k, e in expected.items()
+    }
+    return {k: np.asarray(params[k]) / scale[k] for k in expected}
