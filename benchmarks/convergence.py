@@ -80,17 +80,16 @@ def make_training(args: argparse.Namespace, images, labels, temperature: float, 
     return train
 
 
-def run(args: argparse.Namespace, temperature: float, bar: tqdm) -> list[dict[str, Any]]:
+def run(
+    args: argparse.Namespace, images, labels, temperature: float, bar: tqdm
+) -> list[dict[str, Any]]:
     """A record for every batch size, number of steps and γ."""
-    images, labels = load_digits(return_X_y=True)
-    images = jnp.asarray(np.pad(images / 16, ((0, 0), (0, 1)), constant_values=1))  # and a bias
-    labels, shape = jnp.asarray(labels), (images.shape[1], CLASSES)
 
     def objective(w):
         losses = per_example(w, images, labels)
         return robust_loss(losses, temperature) + args.weight_decay / 2 * jnp.sum(w**2)
 
-    solution = stationary_point(objective, shape)
+    solution = stationary_point(objective, (images.shape[1], CLASSES))
     gammas, keys = (1.0, args.gamma), jax.random.split(jax.random.key(0), args.seeds)
     records = []
     for n, steps in itertools.product(args.batch_sizes, args.steps):
@@ -129,27 +128,23 @@ def plot(args: argparse.Namespace, records: list[dict[str, Any]], path: pathlib.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = report.make_parser(__doc__, seeds=5, out="out/convergence")
     add = parser.add_argument
     add("--temperatures", type=float, nargs="+", default=[0.5, -1.5], help="λ")
     add("--batch-sizes", type=int, nargs="+", default=[8, 32], help="n")
     add("--steps", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="lengths of runs")
     add("--gamma", type=float, default=0.1, help="beside which 1, no average, is run")
-    add("--seeds", type=int, default=5, help="number of seeds, 2 or more")
     add("--learning-rate", type=float, default=0.05, help="peak, after a warm-up; then a cosine")
     add("--weight-decay", type=float, default=1e-2, help="μ")
-    add("--out", type=pathlib.Path, default="out/convergence", help="folder to write to")
-    args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error(f"--seeds must be 2 or more for a spread, got {args.seeds}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = report.parse(parser)
     jax.config.update("jax_enable_x64", True)
 
+    images, labels = load_digits(return_X_y=True)
+    images = jnp.asarray(np.pad(images / 16, ((0, 0), (0, 1)), constant_values=1))  # and a bias
+    labels = jnp.asarray(labels)
     total = len(args.temperatures) * len(args.batch_sizes) * len(args.steps)
     with tqdm(total=total, unit="setting") as bar:
-        records = [r for temperature in args.temperatures for r in run(args, temperature, bar)]
+        records = [r for t in args.temperatures for r in run(args, images, labels, t, bar)]
 
     rows = [("λ", "n", "steps", "γ", "gap of f", "distance of w")]
     for r in records:

@@ -261,9 +261,7 @@ def plot(results: list[Result], rates: list[float], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = report.make_parser(__doc__, seeds=10, out="out/longtail")
     add = parser.add_argument
     default = ["cross_entropy", "balanced_softmax"]
     add(
@@ -274,7 +272,6 @@ def main() -> None:
         metavar="LOSS",
         help=f"of {', '.join(LOSSES)}",
     )
-    add("--seeds", type=int, default=10, help="number of seeds, 2 or more")
     add("--epochs", type=int, default=60, help="number of epochs")
     add("--batch-size", type=int, default=32, help="examples a step")
     rates = [0.01, 0.03, 0.1, 0.3, 1.0]
@@ -282,11 +279,7 @@ def main() -> None:
     add("--temperatures", type=float, nargs="+", default=[0.5, 2.0, 5.0], help="to choose from")
     add("--weight-decay", type=float, default=2e-4, help="L2 coefficient")
     add("--imbalance", type=float, default=0.05, help="images of the smallest class / largest")
-    add("--out", type=pathlib.Path, default="out/longtail", help="folder to write to")
-    args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error(f"--seeds must be 2 or more for a spread, got {args.seeds}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args = report.parse(parser)
 
     # SGD is the infinite temperature.
     attentions = [(jnp.inf, False)]

@@ -1,4 +1,4 @@
-"""What every benchmark writes: a table in Markdown, and a JSON with what it was made from."""
+"""What the benchmarks share: flags, a table in Markdown, a JSON with what it was made from."""
 
 import argparse
 import importlib.metadata
@@ -8,6 +8,25 @@ import platform
 from typing import Any
 
 import numpy as np
+
+
+def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
+    """A parser with the flags of every benchmark; ``doc`` is the module's docstring."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, 2 or more")
+    parser.add_argument("--out", type=pathlib.Path, default=out, help="folder to write to")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The checked arguments; the output folder exists."""
+    args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds must be 2 or more for a spread, got {args.seeds}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
