@@ -1,4 +1,6 @@
+import importlib.util
 import pathlib
+import sys
 
 import jax
 import optax
@@ -6,15 +8,19 @@ import pytest
 
 import absgd_jax
 
+ROOT = pathlib.Path(__file__).parents[1]
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation.
-jax.config.update(
-    "jax_compilation_cache_dir", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
-)
+jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# The benchmarks come from the checkout, which is not on the path: absgd_jax is the installed one.
+spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
+sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 
 
 def pytest_report_header():
@@ -27,3 +33,10 @@ def x64(request):
     jax.config.update("jax_enable_x64", getattr(request, "param", True))
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def users_promotion():
+    """Implicit promotion, as users have it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

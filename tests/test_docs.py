@@ -7,7 +7,6 @@ import pathlib
 import pkgutil
 import re
 
-import jax
 import jax.numpy as jnp
 import pytest
 
@@ -18,10 +17,7 @@ PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.data]
 MODULES = [m.name for m in pkgutil.walk_packages(absgd_jax.__path__, "absgd_jax.")]
 
 
-@pytest.fixture(autouse=True)
-def users_promotion():
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("users_promotion")
 
 
 @pytest.mark.parametrize("module", MODULES)
