@@ -150,10 +150,10 @@ def main() -> None:
     for r in records:
         setting = (f"{r[k]:g}" for k in ("temperature", "n", "steps", "gamma"))
         rows.append((*setting, *(report.mean_std(r[k], ".1e") for k in ("gap", "distance"))))
-    print(report.markdown(rows))
+    report.save(args.out / "config.json", report.describe(args))
+    report.write(args, {f"setting {i}": r for i, r in enumerate(records)}, rows)
     plot(args, records, args.out / "convergence.png")
-    report.save(args.out / "results.json", args, records)
-    print(f"\nwrote results.json and convergence.png to {args.out}")
+    print((args.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

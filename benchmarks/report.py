@@ -1,12 +1,17 @@
-"""What the benchmarks share: flags, a table in Markdown, a JSON with what it was made from."""
+"""What the benchmarks share: flags, tables in Markdown, and files that say what made them."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
-from typing import Any
+import sys
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
+import jax
 import numpy as np
 
 
@@ -41,15 +46,53 @@ def mean_std(x: np.ndarray, digits: str) -> str:
     return f"{x.mean():{digits}} ± {x.std(ddof=1):{digits}}"
 
 
-def save(path: pathlib.Path, args: argparse.Namespace, results: Any) -> None:
-    versions = {p: importlib.metadata.version(p) for p in ("jax", "optax", "flax", "scikit-learn")}
-    report = {
-        "config": vars(args),
-        "versions": {"python": platform.python_version(), **versions},
-        "results": results,
+def describe(args: argparse.Namespace) -> dict[str, Any]:
+    """The command, its arguments, and the machine and versions that it runs on."""
+    packages = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
+    return {
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "arguments": jsonable(vars(args)),
+        "machine": {
+            "devices": [d.device_kind for d in jax.devices()],
+            "cpus": len(os.sched_getaffinity(0)),
+            "processor": platform.processor() or platform.machine(),
+        },
+        "versions": {"python": platform.python_version()}
+        | {p: importlib.metadata.version(p) for p in packages},
     }
 
-    def encode(x: Any) -> Any:
-        return x.tolist() if hasattr(x, "tolist") else str(x)
 
-    path.write_text(json.dumps(report, indent=1, default=encode))
+def jsonable(x: Any) -> Any:
+    """Arrays become lists of rounded figures, and what JSON lacks becomes text or null."""
+    if isinstance(x, dict):
+        return {k: jsonable(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [jsonable(v) for v in x]
+    if hasattr(x, "tolist"):
+        return jsonable(x.tolist())
+    if isinstance(x, float):
+        return float(f"{x:.6g}") if np.isfinite(x) else None
+    return x if isinstance(x, int | bool | str | None) else str(x)
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of ``path`` when it is whole, and not before."""
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        yield file
+    part.replace(path)
+
+
+def save(path: pathlib.Path, content: dict[str, Any]) -> None:
+    """JSON with an entry a line."""
+    lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in jsonable(content).items()]
+    with replacing(path) as file:
+        file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def write(args: argparse.Namespace, results: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
+    """Writes results.json, and table.md with the command that made it."""
+    save(args.out / "results.json", results)
+    with replacing(args.out / "table.md") as file:
+        file.write(f"`{describe(args)['command']}`\n\n{markdown(rows)}\n".encode())

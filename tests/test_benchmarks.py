@@ -1,59 +1,178 @@
 """The benchmarks run, as a user runs them, and write what they say."""
 
 import json
+import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import matplotlib.image
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from benchmarks import longtail, noise
 
 ROOT = pathlib.Path(__file__).parents[1]
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
+
+
+def start(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | CACHE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def run(*args):
-    return subprocess.run(
-        [sys.executable, "-m", *map(str, args)], cwd=ROOT, capture_output=True, text=True
-    )
+    process = start(*args)
+    process.stdout_text, process.stderr_text = process.communicate()
+    return process
+
+
+def load(out, name="results"):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def pictures(out):
+    return {path.name: matplotlib.image.imread(path).std() for path in out.glob("*.png")}
+
+
+def mean_std(x):
+    return f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}"
 
 
 def test_longtail(tmp_path):
     out = tmp_path / "new" / "folder"
     # At the second rate nothing is learnt: the validation split must choose the first.
-    options = (
-        "--seeds 2 --epochs 6 --learning-rates 0.1 1e-6 --temperatures 20 --methods arb ldam_drw"
-    )
-    done = run("benchmarks.longtail", *options.split(), "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert str(out) in done.stdout
+    options = f"{SMALL} --epochs 6 --learning-rates 0.1 1e-6 --temperatures 20 --tensorboard"
+    done = run("benchmarks.longtail", *options.split(), "--methods", "ldam_drw", "--out", out)
+    assert done.returncode == 0, done.stderr_text
 
-    report = json.loads((out / "results.json").read_text())
-    assert report["config"]["seeds"] == 2
-    assert [(r["loss"], r["temperature"]) for r in report["results"]] == [
-        ("arb", None),
-        ("arb", 20),
-        ("ldam_drw", None),
-        ("ldam_drw", 20),
-    ]
-    for result in report["results"]:
-        assert result["learning_rate"] == 0.1
-        assert result["diverged"] == 0
-        overall, rare = np.array(result["overall"]), np.array(result["rare"])
-        assert overall.shape == rare.shape == (2, 6)
-        assert overall[:, -1].mean() > 30
-        np.testing.assert_allclose(result["rare_by_rate"][0], rare[:, -1])
-        row = rf"{result['loss']} .*{overall[:, -1].mean():.1f} ± {overall[:, -1].std(ddof=1):.1f}"
-        assert re.search(row, done.stdout)
-    assert matplotlib.image.imread(out / "longtail.png").std() > 0.05
+    config, results = load(out, "config"), load(out)
+    assert config["arguments"]["seeds"] == 2
+    assert config["finished"]
+    assert "python -m benchmarks.longtail" in config["command"]
+    assert list(results) == ["ldam_drw SGD", "ldam_drw ABSGD"]
+    assert [r["stages"] for r in results.values()] == [[], [[0, 20]]]
+    table = (out / "table.md").read_text()
+    assert table in done.stdout_text
+    for name, r in results.items():
+        assert r["learning_rate"] == 0.1
+        assert [v["learning_rate"] for v in r["validation"]] == [0.1, 1e-6]
+        assert r["validation"][0]["accuracy"] > 0.5 > r["validation"][1]["accuracy"]
+        assert r["diverged"] == 0
+        final, curve = np.array(r["class_accuracy"]), np.array(r["accuracy"])
+        assert final.shape == (2, 10)
+        assert curve.shape == np.shape(r["effective_size"]) == (2, 6)
+        np.testing.assert_allclose(final.mean(axis=1), curve[:, -1], rtol=1e-5)
+        parts = (final, final[:, :3], final[:, 3:7], final[:, 7:])
+        cells = [mean_std(part.mean(axis=1)) for part in parts] + [mean_std(final.min(axis=1))]
+        λ = "20" if "ABSGD" in name else "∞"
+        size = f"{np.mean(r['effective_size'], axis=0)[-1]:.2f}"
+        row = [name.split()[0], λ, "0.1", *cells, size, "0 of 2"]
+        assert re.search(r" *\| ".join(map(re.escape, row)), table)
+        np.testing.assert_allclose(np.sum(r["mass"], axis=1), 1, rtol=1e-4)
+    # The classes are in the order of their sizes, which the weights of SGD show; those of ABSGD
+    # are on the rare classes, too.
+    sgd, absgd = (np.mean(r["mass"], axis=0) for r in results.values())
+    assert np.all(np.diff(sgd) < 0)
+    assert np.all(absgd[-3:] > sgd[-3:])
+    assert set(pictures(out)) == {"curves.png", "classes.png", "mass.png"}
+    assert min(pictures(out).values()) > 0.05
+    assert "ldam_drw-final-0, epoch 6 of 6" in (out / "log.txt").read_text()
+
+    # Event files hold what the table does.
+    (path,) = (out / "tensorboard" / "ldam_drw-final-0.1").iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        length = int.from_bytes(data[:8], "little")
+        events.append(Event.FromString(data[12 : 12 + length]))
+        data = data[16 + length :]
+    values = {(e.step, v.tag): v.simple_value for e in events for v in e.summary.value}
+    found = [values[5, f"accuracy/{c}"] for c in range(10)]
+    np.testing.assert_allclose(
+        100 * np.array(found), results["ldam_drw SGD"]["class_accuracy"][1], rtol=1e-4
+    )
+
+
+def test_noise(tmp_path):
+    options = f"{SMALL} --epochs 30 --learning-rates 0.1 --temperatures -1 --noise symmetric:0.4"
+    done = run(
+        "benchmarks.noise", *options.split(), "--methods", "cross_entropy", "--out", tmp_path
+    )
+    assert done.returncode == 0, done.stderr_text
+    results = load(tmp_path)
+    sgd, absgd = (results[f"symmetric 0.4 cross_entropy {name}"] for name in ("SGD", "ABSGD"))
+    assert (tmp_path / "table.md").read_text() in done.stdout_text
+    # λ < 0 takes the weight off the wrong labels, and is better for it.
+    np.testing.assert_allclose(np.array(sgd["mass"])[:, 1], 0.4, atol=0.02)
+    assert np.array(absgd["mass"])[-1, 1] < 0.2
+    assert np.mean(absgd["class_accuracy"]) > np.mean(sgd["class_accuracy"]) + 5
+    assert min(absgd["auroc"] + sgd["auroc"]) > 90
+    assert set(pictures(tmp_path)) == {"curves.png", "mass.png"}
+    assert min(pictures(tmp_path).values()) > 0.05
+
+
+def test_killed_and_resumed(tmp_path):
+    """However often it is killed, the results are those of the run that wasn't, to the bit."""
+    options = f"{SMALL} --epochs 12 --learning-rates 0.1 0.03 --temperatures 5 --at-once 3"
+    options = [*options.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
+    options += ["--checkpoint-every", "0"]
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    assert run("benchmarks.longtail", *options, "--out", whole).returncode == 0
+
+    def lines():
+        log = out / "log.txt"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    for stop, with_signal, code in (
+        (5, signal.SIGKILL, -9),
+        (17, signal.SIGINT, 130),
+        (30, signal.SIGKILL, -9),
+    ):
+        process = start("benchmarks.longtail", *options, "--resume", "--out", out)
+        while lines() < stop and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(with_signal)
+        _, error = process.communicate()
+        assert process.returncode == code, error
+        if with_signal == signal.SIGINT:
+            assert "--resume goes on" in error
+            assert "Traceback" not in error
+    assert not load(out, "config")["finished"]
+
+    refused = run("benchmarks.longtail", *options, "--out", out)
+    assert refused.returncode == 2
+    assert "add --resume" in refused.stderr_text
+    refused = run("benchmarks.longtail", *options, "--gamma", "0.5", "--resume", "--out", out)
+    assert refused.returncode == 2
+    assert "got gamma 0.9, now 0.5" in refused.stderr_text
+
+    done = run("benchmarks.longtail", *options, "--resume", "--out", out)
+    assert done.returncode == 0, done.stderr_text
+    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
+    assert not list((out / "checkpoints").iterdir())
+    # Nothing was trained twice but for the epoch that was cut off.
+    assert lines() <= 12 * 4 + 3
 
 
 def test_convergence(tmp_path):
     options = "--temperatures -1.5 --batch-sizes 32 --steps 100 1000 --seeds 2"
     done = run("benchmarks.convergence", *options.split(), "--out", tmp_path)
-    assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert done.returncode == 0, done.stderr_text
+    results = load(tmp_path).values()
     assert [(r["steps"], r["gamma"]) for r in results] == [
         (100, 1),
         (100, 0.1),
@@ -62,17 +181,52 @@ def test_convergence(tmp_path):
     ]
     gaps = [np.mean(r["gap"]) for r in results]
     assert max(gaps[2:]) < 3e-3 < 1e-2 < min(gaps[:2])
-    assert matplotlib.image.imread(tmp_path / "convergence.png").std() > 0.05
+    assert pictures(tmp_path)["convergence.png"] > 0.05
+
+
+def test_toy(tmp_path):
+    done = run("benchmarks.toy", "--seed", "5", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr_text
+    results = load(tmp_path).values()
+    assert [r["temperature"] for r in results] == [None, 1, 0.2, None, -1, -0.5]
+    printed = np.array(re.findall(r"(\d+) % +\| (\d+) % +\| (\d+) % +\|", done.stdout_text), int)
+    np.testing.assert_allclose(printed, [[*r["recall"], r["weight"]] for r in results], atol=0.51)
+
+    sgd, *absgd = printed[:3]  # where the inner ring is rare
+    assert sgd[1] < 20 < absgd[0][1] < 70 < absgd[1][1]
+    assert sgd[2] < absgd[0][2] < absgd[1][2]
+    assert printed[:3, 0].min() > 95  # the outer ring does not pay for it
+
+    sgd, *absgd = printed[3:]  # where labels are wrong
+    assert sgd[2] == 30
+    for outer, inner, wrong in absgd:
+        assert min(outer, inner) > sgd[:2].max()
+        assert wrong < 10
+    assert pictures(tmp_path)["toy.png"] > 0.05
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("main", "options", "message"),
     [
-        (["--seeds", "1"], "--seeds must be 2 or more for a spread, got 1"),
-        (["--methods", "mse"], "invalid choice: 'mse'"),
+        (longtail.main, "--seeds 1", "--seeds must be 2 or more for a spread, got 1"),
+        (longtail.main, "--methods mse", "invalid choice: 'mse'"),
+        (longtail.main, "--epochs 0", "--epochs must be positive, got 0"),
+        (longtail.main, "--second-stage 1.5", "--second-stage must lie in [0, 1], got 1.5"),
+        (longtail.main, "--temperatures 0", "--temperatures: must be a λ other than 0"),
+        (longtail.main, "--temperatures 0.8:5,0.5:2", "such as 5, 0.8:5 or 0.5:10,0.8:5, got"),
+        (longtail.main, "--temperatures hot", "got hot"),
+        (longtail.main, "--batch-size 5000", "--batch-size must not exceed the 363 training"),
+        (longtail.main, "--imbalance 0", "imbalance_factor must lie in (0, 1], got 0.0"),
+        (longtail.main, "--dataset cifar10 --data-dir nowhere", "cifar-10-python.tar.gz in "),
+        (longtail.main, "--fine-tune-from 9", "--fine-tune-from must lie in [0, 1], got 9"),
+        (noise.main, "--noise symmetric:2", "such as symmetric:0.4, got symmetric:2"),
+        (noise.main, "--noise none", "such as symmetric:0.4, got none"),
+        (noise.main, "--learning-rates -1", "--learning-rates must be positive, got [-1.0]"),
     ],
 )
-def test_bad_flags(options, message):
-    done = run("benchmarks.longtail", *options)
-    assert done.returncode == 2
-    assert message in done.stderr
+def test_bad_flags(tmp_path, monkeypatch, capsys, main, options, message):
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options.split(), "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
