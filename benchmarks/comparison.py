@@ -84,7 +84,7 @@ class Result(NamedTuple):
 
     loss: str
     setting: Setting
-    validation: dict[Setting, float]  # accuracies of what it was chosen from
+    validation: dict[Setting, np.ndarray]  # class accuracies of what it was chosen from
     trained: Trained  # runs are seeds
 
     @property
@@ -256,6 +256,10 @@ def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Sou
     training.log.propagate = False
 
 
+def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:
+    return max(grid, key=lambda setting: grid[setting].mean())
+
+
 def compare(
     args: argparse.Namespace,
     name: str,
@@ -264,10 +268,12 @@ def compare(
     bar: tqdm,
     *,
     normalized: bool = False,
+    choose: Callable[[dict[Setting, np.ndarray]], Setting] = most_accurate,
 ) -> list[Result]:
     """The loss with SGD and with ABSGD, each as the validation split chose.
 
-    ``loss`` is a function of logits, labels, class counts and whether the second stage has begun.
+    ``loss`` is a function of logits, labels, class counts and whether the second stage has begun;
+    ``choose`` takes the class accuracies of every setting.
     """
 
     def fit(phase: str, settings: list[Setting], seeds: range) -> list[Trained]:
@@ -295,11 +301,11 @@ def compare(
     if any(len(grid) > 1 for grid in grids):
         seeds = range(SEARCH_SEED, SEARCH_SEED + args.search_seeds)
         searched = fit("search", [setting for grid in grids for setting in grid], seeds)
-        scores = iter([t.history.accuracy[-1].mean() for t in searched])
+        scores = iter([t.history.accuracy[-1].mean(axis=0) for t in searched])
         grids = [{setting: next(scores) for setting in grid} for grid in grids]
     else:
-        grids = [dict.fromkeys(grid, np.nan) for grid in grids]
-    chosen = [max(grid, key=grid.get) for grid in grids]
+        grids = [dict.fromkeys(grid, np.full(source.classes, np.nan)) for grid in grids]
+    chosen = [choose(grid) if len(grid) > 1 else next(iter(grid)) for grid in grids]
     final = fit("final", chosen, range(args.seeds))
     return [Result(name, *parts) for parts in zip(chosen, grids, final, strict=True)]
 
@@ -377,8 +383,8 @@ def record(result: Result) -> dict[str, Any]:
         "stages": result.setting.stages,
         "learning_rate": result.setting.learning_rate,
         "validation": [
-            {"stages": s.stages, "learning_rate": s.learning_rate, "accuracy": score}
-            for s, score in result.validation.items()
+            {"stages": s.stages, "learning_rate": s.learning_rate, "class_accuracy": 100 * scores}
+            for s, scores in result.validation.items()
         ],
         "diverged": result.diverged,
         "class_accuracy": result.accuracy[-1],  # [seeds, classes]

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, robust_loss
@@ -313,8 +312,12 @@ def train_part(
         bar.update(start)
     else:
         state = program(0).init(runs)
-    folders = [str(args.out / "tensorboard" / f"{name}.{i}") for i in range(len(runs.seed))]
-    writers = [SummaryWriter(f, purge_step=start) for f in folders if args.tensorboard]
+    writers = []
+    if args.tensorboard:
+        from tensorboardX import SummaryWriter  # which nothing else needs
+
+        folders = [args.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
+        writers = [SummaryWriter(str(folder), purge_step=start) for folder in folders]
     saved = time.monotonic()
     for epoch in range(start, args.epochs):
         if epoch and frozen(epoch) != frozen(epoch - 1):

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# ResNet-32 on long-tailed Fashion-MNIST, by the published protocol, on a machine with a GPU:
+#
+#     bash benchmarks/gpu.sh [folder of the four IDX files]
+#
+# From a clone, with jax[cuda], flax, optax, matplotlib, scikit-learn and tqdm installed. Killed, it
+# goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for imbalance in 0.01 0.1; do
+  python3 -m benchmarks.longtail --resume --dataset fashion-mnist ${1:+--data-dir "$1"} \
+    --model resnet32 --dtype bfloat16 --imbalance $imbalance --seeds 3 --search-seeds 1 \
+    --methods cross_entropy cb_drw focal ldam_drw balanced_softmax arb arb_global \
+    --learning-rates 0.1 --temperatures 0.8:1 0.8:2 0.8:5 \
+    --out benchmarks/results/fashion-mnist-lt-$imbalance-resnet32
+done
