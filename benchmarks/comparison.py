@@ -24,6 +24,7 @@ from benchmarks.training import Examples, History, Images, Run, Task, Trained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from jax.experimental.multihost_utils import sync_global_devices
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -186,6 +187,15 @@ def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="between checkpoints",
     )
+    add("--devices", type=int, help="to spread a batch over; all, if not given")
+    add(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="address of process 0, where several processes share the work and --out; or auto, "
+        "where JAX knows the cluster",
+    )
+    add("--num-processes", type=int, help="number of processes, if not auto")
+    add("--process-id", type=int, help="number of this one, from 0, if not auto")
     add("--tensorboard", action="store_true", help="write event files, too")
     return parser
 
@@ -196,12 +206,19 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
     if parser.parse_known_args()[0].dataset != "digits":
         parser.set_defaults(**PAPERS)
     args = report.parse(parser)
+    if args.coordinator == "auto":
+        jax.distributed.initialize()
+    elif args.coordinator:
+        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
+    args.devices = args.devices or jax.device_count()
     blocks = {"linear": 0, "mlp": len(args.hidden), "cnn": 3, "resnet32": 4}[args.model]
     for flag, sound, remedy in (
         ("epochs", args.epochs >= 1, "be positive"),
         ("batch_size", args.batch_size >= 1, "be positive"),
         ("search_seeds", args.search_seeds >= 1, "be positive"),
         ("at_once", args.at_once >= 1, "be positive"),
+        ("devices", 1 <= args.devices <= jax.device_count(), f"lie in [1, {jax.device_count()}]"),
+        ("batch_size", args.batch_size % args.devices == 0, "be a multiple of --devices"),
         ("learning_rates", min(args.learning_rates) > 0, "be positive"),
         ("gamma", 0 < args.gamma <= 1, "lie in (0, 1]"),
         ("validation", 0 < args.validation < 1, "lie in (0, 1)"),
@@ -220,7 +237,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
 
 
 def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Source) -> None:
-    """Makes ``args.out`` ready, for a new run or to go on with the one that it holds."""
+    """Checks the arguments against the data, and makes ``args.out`` ready."""
     try:
         examples = len(source.examples(SEARCH_SEED, True)[0].label)
     except ValueError as error:
@@ -230,6 +247,13 @@ def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Sou
             f"--batch-size must not exceed the {examples} training examples of the search, "
             f"got {args.batch_size}"
         )
+    if jax.process_index() == 0:
+        open_folder(parser, args)
+    sync_global_devices("the folder is ready")
+
+
+def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Empties ``args.out`` for a new run, or checks that it holds the one to go on with."""
     path = args.out / "config.json"
     config = report.describe(args) | {"finished": False}
     earlier = json.loads(path.read_text()) if path.exists() else {}
@@ -244,7 +268,8 @@ def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Sou
         (args.out / "log.txt").unlink(missing_ok=True)
     elif earlier:
         before, now = earlier["arguments"], config["arguments"]
-        changed = [k for k in now if k != "resume" and before.get(k) != now[k]]
+        free = {"resume", "coordinator"}
+        changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             listed = ", ".join(f"{k} {before.get(k)}, now {now[k]}" for k in changed)
             parser.error(f"--resume needs the arguments of the run in {args.out}, got {listed}")
@@ -330,15 +355,18 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
         sizes.append((sgd + absgd) * args.search_seeds)
     epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
     try:
-        with tqdm(total=comparisons * epochs, unit="epoch") as bar:
+        total, hidden = comparisons * epochs, jax.process_index() > 0
+        with tqdm(total=total, unit="epoch", disable=hidden) as bar:
             yield bar
     except KeyboardInterrupt:
         print(
             f"\nstopped; {args.out} has the results so far, and --resume goes on", file=sys.stderr
         )
         raise SystemExit(130) from None
-    path = args.out / "config.json"
-    report.save(path, json.loads(path.read_text()) | {"finished": True})
+    if jax.process_index() == 0:
+        path = args.out / "config.json"
+        report.save(path, json.loads(path.read_text()) | {"finished": True})
+        print((args.out / "table.md").read_text())
 
 
 def search_grids(args: argparse.Namespace) -> list[list[Setting]]:

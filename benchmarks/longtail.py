@@ -174,8 +174,8 @@ def main() -> None:
                 normalized=name == "ldam_drw",
                 choose=functools.partial(choose, give=args.give),
             )
-            write(args, results)
-    print((args.out / "table.md").read_text())
+            if jax.process_index() == 0:
+                write(args, results)
 
 
 if __name__ == "__main__":

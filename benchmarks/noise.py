@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -164,8 +165,8 @@ def main() -> None:
                 compared = comparison.compare(args, label, LOSSES[name], source, bar)
                 pairs = [(r, auroc(r, source.examples)) for r in compared]
                 results[f"{kind} {rate:g}", name] = pairs
-                write(args, results)
-    print((args.out / "table.md").read_text())
+                if jax.process_index() == 0:
+                    write(args, results)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, robust_loss
@@ -111,6 +113,17 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
+def sharding(args: argparse.Namespace, *axes: str) -> NamedSharding:
+    """Over ``args.devices`` devices, of all processes: the leading axis "batch", or nothing."""
+    mesh = jax.make_mesh(
+        (args.devices,),
+        ("batch",),
+        devices=jax.devices()[: args.devices],
+        axis_types=(AxisType.Auto,),
+    )
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+
 class Program(NamedTuple):
     """Pure functions of one run."""
 
@@ -189,6 +202,7 @@ def make_program(
 
         def step(state, batch):
             index, key = batch
+            index = jax.lax.with_sharding_constraint(index, sharding(args, "batch"))
             x, y = images[run.train.index[index]], run.train.label[index]
             if args.augment:
                 x = augment(x, key)
@@ -255,10 +269,11 @@ def train(
     def program(frozen: int) -> Program:
         examples = len(runs[0].train.label)
         init, epoch, evaluate = make_program(args, task, examples, frozen=frozen)
+        whole = {"out_shardings": sharding(args)}
         return Program(
-            jax.jit(jax.vmap(init)),
-            jax.jit(jax.vmap(epoch, (0, 0, None, None)), donate_argnums=0),
-            jax.jit(jax.vmap(evaluate, (0, 0, None))),
+            jax.jit(jax.vmap(init), **whole),
+            jax.jit(jax.vmap(epoch, (0, 0, None, None)), donate_argnums=0, **whole),
+            jax.jit(jax.vmap(evaluate, (0, 0, None)), **whole),
         )
 
     parts = []
@@ -271,14 +286,16 @@ def train(
                 *history, losses = (arrays[k] for k in (*History._fields, "losses"))
             parts.append(Trained(History(*history), losses))
             continue
-        part = jax.tree.map(lambda *leaves: jnp.stack(leaves), *runs[i : i + args.at_once])
+        part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
+        part, images = jax.device_put((part, task.images), sharding(args))
         with checkpoint_manager(args.out / "checkpoints" / done.stem) as checkpoints:
-            trained = train_part(args, done.stem, program, part, task.images, bar, checkpoints)
+            trained = train_part(args, done.stem, program, part, images, bar, checkpoints)
             parts.append(trained)
-        done.parent.mkdir(exist_ok=True)
-        with report.replacing(done) as file:
-            np.savez(file, **parts[-1].history._asdict(), losses=parts[-1].losses)
-        shutil.rmtree(checkpoints.directory)
+        if jax.process_index() == 0:
+            done.parent.mkdir(exist_ok=True)
+            with report.replacing(done) as file:
+                np.savez(file, **trained.history._asdict(), losses=trained.losses)
+            shutil.rmtree(checkpoints.directory)
     history = (np.concatenate(x, axis=1) for x in zip(*(t.history for t in parts), strict=True))
     return Trained(History(*history), np.concatenate([t.losses for t in parts]))
 
@@ -308,12 +325,13 @@ def train_part(
         leaves = checkpoints.restore(start, args=ocp.args.StandardRestore())
         like = jax.eval_shape(program(frozen(start - 1)).init, runs), History(*History._fields)
         state, records = jax.tree.unflatten(jax.tree.structure(like), leaves)
+        state = jax.device_put(state, sharding(args))
         history = [History(*record) for record in zip(*records, strict=True)]
         bar.update(start)
     else:
         state = program(0).init(runs)
     writers = []
-    if args.tensorboard:
+    if args.tensorboard and jax.process_index() == 0:
         from tensorboardX import SummaryWriter  # which nothing else needs
 
         folders = [args.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
@@ -336,7 +354,8 @@ def train_part(
                 for group, value in enumerate(np.ravel(of_run[i])):
                     tag = f"{field}/{group}" if np.ndim(of_run[i]) else field
                     writer.add_scalar(tag, value, epoch)
-        if time.monotonic() - saved >= args.checkpoint_every:
+        # The clock of the first process decides for all.
+        if broadcast_one_to_all(time.monotonic() - saved >= args.checkpoint_every):
             tree = state, History(*map(np.stack, zip(*history, strict=True)))
             checkpoints.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
             saved = time.monotonic()

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -177,6 +178,40 @@ def test_killed_and_resumed(tmp_path):
     assert lines() <= 12 * 4 + 3
 
 
+def test_two_processes(tmp_path):
+    """Each computes half of every batch; killed and resumed, they do what one process does."""
+    options = f"{SMALL} --epochs 6 --learning-rates 0.1 --temperatures 5 --checkpoint-every 0"
+    options = [*options.split(), "--methods", "balanced_softmax"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("benchmarks.longtail", *options, "--out", one).returncode == 0
+
+    def start_two(*more):
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        shared = [*options, "--out", two, "--coordinator", address, "--num-processes", "2", *more]
+        return [start("benchmarks.longtail", *shared, "--process-id", str(i)) for i in range(2)]
+
+    processes = start_two()
+    while not (two / "checkpoints" / "balanced_softmax-final-0" / "3").exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.01)
+    for process in processes:
+        process.kill()
+        process.communicate()
+    for process in start_two("--resume"):
+        _, error = process.communicate()
+        assert process.returncode == 0, error
+
+    assert (two / "log.txt").read_text().count("final-0, epoch 1 of") == 1
+    assert load(two, "config")["machine"]["devices"] == ["cpu", "cpu"]
+    for name, expected in load(one).items():
+        found = load(two)[name]
+        np.testing.assert_allclose(found["training_loss"], expected["training_loss"], rtol=1e-4)
+        np.testing.assert_allclose(found["mass"], expected["mass"], rtol=1e-4)
+        np.testing.assert_allclose(found["accuracy"], expected["accuracy"], atol=1)
+
+
 def test_convergence(tmp_path):
     options = "--temperatures -1.5 --batch-sizes 32 --steps 100 1000 --seeds 2"
     done = run("benchmarks.convergence", *options.split(), "--out", tmp_path)
@@ -224,7 +259,9 @@ def test_toy(tmp_path):
         (longtail.main, "--temperatures 0", "--temperatures: must be a λ other than 0"),
         (longtail.main, "--temperatures 0.8:5,0.5:2", "such as 5, 0.8:5 or 0.5:10,0.8:5, got"),
         (longtail.main, "--temperatures hot", "got hot"),
-        (longtail.main, "--batch-size 5000", "--batch-size must not exceed the 363 training"),
+        (longtail.main, "--batch-size 4000", "--batch-size must not exceed the 363 training"),
+        (longtail.main, "--batch-size 33", "--batch-size must be a multiple of --devices, got 33"),
+        (longtail.main, "--devices 9", "--devices must lie in [1, 8], got 9"),
         (longtail.main, "--imbalance 0", "imbalance_factor must lie in (0, 1], got 0.0"),
         (longtail.main, "--dataset cifar10 --data-dir nowhere", "cifar-10-python.tar.gz in "),
         (longtail.main, "--fine-tune-from 9", "--fine-tune-from must lie in [0, 1], got 9"),

@@ -31,6 +31,7 @@ DEFAULTS = {
     "at_once": 10,
     "checkpoint_every": 1e9,
     "tensorboard": False,
+    "devices": 1,
 }
 
 
@@ -148,13 +149,13 @@ def test_training_is_the_published_algorithm(tmp_path, digits):
         np.testing.assert_allclose(trained.losses[i], losses, rtol=1e-3, atol=1e-4)
 
 
-def test_one_after_another_or_at_once(tmp_path, digits):
+def test_in_parts_and_on_several_devices(tmp_path, digits):
     runs = [make_run(digits, seed, 0.05, temperatures=(5.0,)) for seed in range(3)]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     at_once = fit(tmp_path / "a", digits, runs)
-    one_by_one = fit(tmp_path / "b", digits, runs, at_once=2)
-    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(one_by_one), strict=True):
+    in_parts = fit(tmp_path / "b", digits, runs, at_once=2, devices=4)
+    for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_parts), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
