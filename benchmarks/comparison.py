@@ -3,10 +3,8 @@
 import argparse
 import contextlib
 import json
-import logging
 import math
 import pathlib
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from absgd_jax.data import class_counts
-from benchmarks import datasets, models, report, training
+from benchmarks import options, report, training
 from benchmarks.datasets import Split
+from benchmarks.options import Stages
 from benchmarks.training import Examples, History, Images, Run, Task, Trained
 
 matplotlib.use("Agg")
@@ -29,44 +28,6 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 SEARCH_SEED = 1000  # the first seed of the search; those that are reported start from 0
-
-# The papers' protocol, and what suits a set of small images on a small machine.
-PAPERS = {
-    "model": "resnet32",
-    "epochs": 200,
-    "batch_size": 128,
-    "hidden": [256, 128],
-    "augment": True,
-    "at_once": 1,
-}
-DIGITS = {
-    "model": "mlp",
-    "epochs": 60,
-    "batch_size": 32,
-    "hidden": [64],
-    "augment": False,
-    "at_once": 1000,
-}
-
-Stages = tuple[tuple[float, float], ...]
-
-
-def parse_stages(text: str) -> Stages:
-    """``"5"``, or ``"0.8:5"``, or ``"0.5:10,0.8:5"``: (share of the epochs, λ from there on)."""
-    try:
-        parts = [part.rpartition(":") for part in text.split(",")]
-        stages = tuple((float(start or 0), float(temperature)) for start, _, temperature in parts)
-        starts = [start for start, _ in stages]
-        if starts != sorted(starts) or not 0 <= starts[0] <= starts[-1] < 1:
-            raise ValueError
-        if any(temperature == 0 or math.isnan(temperature) for _, temperature in stages):
-            raise ValueError
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or "
-            f"0.5:10,0.8:5, got {text}"
-        ) from None
-    return stages
 
 
 class Setting(NamedTuple):
@@ -116,126 +77,6 @@ class Source(NamedTuple):
     examples: Callable[[int, bool], tuple[Examples, Examples]]
 
 
-def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
-    parser = report.make_parser(doc, seeds=seeds, out=out)
-    add = parser.add_argument
-    add("--resume", action="store_true", help="go on with what --out holds")
-    add("--dataset", choices=datasets.NAMES, default="digits", help="what to train on")
-    add("--data-dir", type=pathlib.Path, help="folder with the files of the data set")
-    add("--model", choices=models.NAMES, help="what to train")
-    add("--hidden", type=int, nargs="+", metavar="WIDTH", help="hidden layers of the MLP")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
-    add("--epochs", type=int, help="passes over the data")
-    add("--batch-size", type=int, help="examples a step")
-    add("--augment", action=argparse.BooleanOptionalAction, help="random crops and flips")
-    add(
-        "--learning-rates",
-        type=float,
-        nargs="+",
-        default=[0.01, 0.03, 0.1, 0.3],
-        metavar="RATE",
-        help="peaks to choose from",
-    )
-    add(
-        "--temperatures",
-        type=parse_stages,
-        nargs="+",
-        metavar="LAMBDA",
-        default=[parse_stages(text) for text in ("0.5", "2", "5", "0.5:0.5", "0.5:2", "0.5:5")],
-        help="to choose from: 5 for λ = 5 from the start; 0.8:5 for plain SGD before 0.8 of the "
-        "epochs; 0.5:10,0.8:5 for several steps",
-    )
-    add(
-        "--second-stage",
-        type=float,
-        default=0.8,
-        help="share of the epochs before class weights, truncation and fine-tuning set in",
-    )
-    add(
-        "--fine-tune-from",
-        type=int,
-        default=0,
-        metavar="BLOCK",
-        help="in the second stage, train this block and those above it alone",
-    )
-    add("--schedule", choices=["step", "cosine", "constant"], default="step", help="of the rate")
-    add(
-        "--milestones",
-        type=float,
-        nargs="*",
-        default=[0.8, 0.9],
-        metavar="SHARE",
-        help="of the epochs, after which the rate falls",
-    )
-    add("--decay", type=float, default=0.01, help="what it is multiplied by then")
-    add("--warm-up", type=float, default=0.025, help="share of the epochs")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=2e-4, help="L2 coefficient")
-    add("--gamma", type=float, default=0.9, help="weight of the newest batch in ABSGD's average")
-    add("--search-seeds", type=int, default=5, help="seeds of every setting of the search")
-    add(
-        "--validation",
-        type=float,
-        default=0.2,
-        help="share of the smallest class that the search holds out of every class",
-    )
-    add("--at-once", type=int, help="runs in one compiled program")
-    add(
-        "--checkpoint-every",
-        type=float,
-        default=30.0,
-        metavar="SECONDS",
-        help="between checkpoints",
-    )
-    add("--devices", type=int, help="to spread a batch over; all, if not given")
-    add(
-        "--coordinator",
-        metavar="HOST:PORT",
-        help="address of process 0, where several processes share the work and --out; or auto, "
-        "where JAX knows the cluster",
-    )
-    add("--num-processes", type=int, help="number of processes, if not auto")
-    add("--process-id", type=int, help="number of this one, from 0, if not auto")
-    add("--tensorboard", action="store_true", help="write event files, too")
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, Split]:
-    """The checked arguments, and the two splits."""
-    parser.set_defaults(**DIGITS)
-    if parser.parse_known_args()[0].dataset != "digits":
-        parser.set_defaults(**PAPERS)
-    args = report.parse(parser)
-    if args.coordinator == "auto":
-        jax.distributed.initialize()
-    elif args.coordinator:
-        jax.distributed.initialize(args.coordinator, args.num_processes, args.process_id)
-    args.devices = args.devices or jax.device_count()
-    blocks = {"linear": 0, "mlp": len(args.hidden), "cnn": 3, "resnet32": 4}[args.model]
-    for flag, sound, remedy in (
-        ("epochs", args.epochs >= 1, "be positive"),
-        ("batch_size", args.batch_size >= 1, "be positive"),
-        ("search_seeds", args.search_seeds >= 1, "be positive"),
-        ("at_once", args.at_once >= 1, "be positive"),
-        ("devices", 1 <= args.devices <= jax.device_count(), f"lie in [1, {jax.device_count()}]"),
-        ("batch_size", args.batch_size % args.devices == 0, "be a multiple of --devices"),
-        ("learning_rates", min(args.learning_rates) > 0, "be positive"),
-        ("gamma", 0 < args.gamma <= 1, "lie in (0, 1]"),
-        ("validation", 0 < args.validation < 1, "lie in (0, 1)"),
-        ("second_stage", 0 <= args.second_stage <= 1, "lie in [0, 1]"),
-        ("warm_up", 0 <= args.warm_up < 1, "lie in [0, 1)"),
-        ("fine_tune_from", 0 <= args.fine_tune_from <= blocks, f"lie in [0, {blocks}]"),
-    ):
-        if not sound:
-            value = getattr(args, flag)
-            parser.error(f"--{flag.replace('_', '-')} must {remedy}, got {value}")
-    try:
-        train, test = datasets.load(args.dataset, args.data_dir)
-    except (FileNotFoundError, ValueError) as error:
-        parser.error(str(error))
-    return args, train, test
-
-
 def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Source) -> None:
     """Checks the arguments against the data, and makes ``args.out`` ready."""
     try:
@@ -248,37 +89,8 @@ def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Sou
             f"got {args.batch_size}"
         )
     if jax.process_index() == 0:
-        open_folder(parser, args)
+        options.open_folder(parser, args)
     sync_global_devices("the folder is ready")
-
-
-def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Empties ``args.out`` for a new run, or checks that it holds the one to go on with."""
-    path = args.out / "config.json"
-    config = report.describe(args) | {"finished": False}
-    earlier = json.loads(path.read_text()) if path.exists() else {}
-    if not args.resume:
-        if not earlier.get("finished", True):
-            parser.error(
-                f"--out {args.out} holds a run that was not finished: add --resume to go on with "
-                "it, or name another folder"
-            )
-        for folder in ("runs", "checkpoints", "tensorboard"):
-            shutil.rmtree(args.out / folder, ignore_errors=True)
-        (args.out / "log.txt").unlink(missing_ok=True)
-    elif earlier:
-        before, now = earlier["arguments"], config["arguments"]
-        free = {"resume", "coordinator"}
-        changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if changed:
-            listed = ", ".join(f"{k} {before.get(k)}, now {now[k]}" for k in changed)
-            parser.error(f"--resume needs the arguments of the run in {args.out}, got {listed}")
-    report.save(path, config)
-    handler = logging.FileHandler(args.out / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    training.log.addHandler(handler)
-    training.log.setLevel(logging.INFO)
-    training.log.propagate = False
 
 
 def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:
@@ -447,6 +259,8 @@ def plot(
     styles = {"SGD": {"ls": "--", "lw": 1.0}, "ABSGD": {"ls": "-", "lw": 1.8}}
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
+    for axes in grid.flat[len(panels) - columns : len(panels)]:  # nothing is below these
+        axes.tick_params(labelbottom=True)
     for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
         for result in results:
             draw(axes, result, styles[result.optimizer])

@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
-from benchmarks import comparison, report
+from benchmarks import comparison, options, report
 from benchmarks.comparison import Result, Setting
 from benchmarks.training import Examples
 
@@ -135,7 +135,7 @@ def mass(result: Result) -> np.ndarray:
 
 
 def main() -> None:
-    parser = comparison.make_parser(__doc__, seeds=10, out="out/longtail")
+    parser = options.make_parser(__doc__, seeds=10, out="out/longtail")
     add = parser.add_argument
     add(
         "--methods",
@@ -153,7 +153,7 @@ def main() -> None:
         metavar="POINTS",
         help="of validation accuracy that a choice may cost, for more on the rare classes",
     )
-    args, train, test = comparison.parse(parser)
+    args, train, test = options.parse(parser)
     classes = int(train.labels.max()) + 1
     source = comparison.Source(
         comparison.on_device(args, train, test),

@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 
 from absgd_jax import losses
 from absgd_jax.data import flip_labels
-from benchmarks import comparison, report
+from benchmarks import comparison, options, report
 from benchmarks.comparison import Result
 from benchmarks.training import Examples
 
@@ -124,10 +124,10 @@ def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -
 
 
 def main() -> None:
-    parser = comparison.make_parser(__doc__, seeds=5, out="out/noise")
+    parser = options.make_parser(__doc__, seeds=5, out="out/noise")
     parser.set_defaults(
         learning_rates=[0.03, 0.1, 0.3, 1.0],
-        temperatures=[comparison.parse_stages(t) for t in ("-5", "-2", "-1", "0.2:-1", "0.2:-0.5")],
+        temperatures=[options.parse_stages(t) for t in ("-5", "-2", "-1", "0.2:-1", "0.2:-0.5")],
     )
     add = parser.add_argument
     add(
@@ -147,7 +147,7 @@ def main() -> None:
         help="symmetric or asymmetric, and the share of wrong labels",
     )
     add("--examples", type=int, help="training examples of a run; all, if not given")
-    args, train, test = comparison.parse(parser)
+    args, train, test = options.parse(parser)
     images = comparison.on_device(args, train, test)
     classes = int(train.labels.max()) + 1
     size = min(args.examples or len(train.labels), len(train.labels))

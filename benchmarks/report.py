@@ -50,7 +50,7 @@ def describe(args: argparse.Namespace) -> dict[str, Any]:
     """The command, its arguments, and the machine and versions that it runs on."""
     packages = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
     return {
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(["python", *(a for a in sys.orig_argv[1:] if a != "--resume")]),
         "arguments": jsonable(vars(args)),
         "machine": {
             "devices": [d.device_kind for d in jax.devices()],

@@ -141,7 +141,7 @@ def main() -> None:
     figure, panels = plt.subplots(2, 3, figsize=(9, 6.9), layout="constrained")
     records = [r for row, line in zip(ROWS, panels, strict=True) for r in run(row, args.seed, line)]
     figure.supxlabel(CAPTION, fontsize="medium")
-    figure.savefig(args.out / "toy.png", dpi=150)
+    figure.savefig(args.out / "toy.png", dpi=100)
     rows = [("data", "λ", *(f"recall, {ring}" for ring in RINGS), "weight of rare / wrong")]
     for r in records:
         percent = (f"{x:.0f} %" for x in (*r["recall"], r["weight"]))
