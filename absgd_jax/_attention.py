@@ -300,9 +300,41 @@ def _tilt(
 
     dtype = at_least_float32(losses.dtype)
     losses, lam = losses.astype(dtype), jnp.asarray(temperature, dtype)
+    counts = None if where is None else where.astype(dtype)
+    shift, exp_z, sums = tilted_sums(losses, lam, counts, axis_name)
+    if axis_name is not None:
+        sums = lax.psum(sums, axis_name)
+    return soft_extremum(shift, lam, sums), exp_z / sums.divisor, sums.n
 
+
+class TiltedSums(NamedTuple):
+    """What the robust loss of a batch is made of: the parts of a batch add up, entry by entry."""
+
+    exp: jax.Array  # of exp((l - shift) / λ)
+    expm1: jax.Array  # of exp((l - shift) / λ) - 1
+    losses: jax.Array
+    n: jax.Array
+
+    @property
+    def divisor(self) -> jax.Array:
+        """What makes weights of the exponentials; 1 for an empty batch."""
+        return jnp.where(self.n > 0, self.exp, 1)
+
+
+def tilted_sums(
+    losses: jax.Array,
+    lam: jax.Array,
+    counts: jax.Array | None,
+    axis_name: Hashable | None,
+) -> tuple[jax.Array, jax.Array, TiltedSums]:
+    """The shift, exp((l - shift) / λ), and the sums of this part of the batch.
+
+    ``counts`` says how many examples each loss stands for: 1 if ``None``, 0 for what is masked. The
+    shift is that of the whole batch, which is spread over ``axis_name``; the sums are not reduced.
+    """
     # exp(l / λ) is largest at `shift`; relative to it no exponent is positive.
-    sign = jnp.where(lam < 0, -1, 1).astype(dtype)
+    sign = jnp.where(lam < 0, -1, 1).astype(lam.dtype)
+    where = None if counts is None else counts > 0
     extreme = jnp.max(sign * lax.stop_gradient(losses), where=where, initial=-jnp.inf)
     if axis_name is not None:
         extreme = lax.pmax(extreme, axis_name)
@@ -311,29 +343,29 @@ def _tilt(
         losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
 
     flat = jnp.abs(lam) >= _INF_TEMPERATURE
-    safe_lam = jnp.where(flat, 1, lam)  # inf * 0 below would trip jax_debug_nans
-    z = jnp.where(flat, 0, (losses - shift) / safe_lam)
-    exp_z = jnp.exp(z)
+    z = jnp.where(flat, 0, (losses - shift) / jnp.where(flat, 1, lam))
+    exp_z, expm1_z = jnp.exp(z), lax.stop_gradient(jnp.expm1(z))
+    n = jnp.asarray(losses.size, lam.dtype)
+    if counts is not None:
+        exp_z, expm1_z, losses = counts * exp_z, counts * expm1_z, counts * losses
+        n = jnp.sum(counts)
     # Sums of products and not dot products: these work over a sharded axis.
-    sums = (
-        jnp.sum(exp_z, where=where),
-        jnp.sum(lax.stop_gradient(jnp.expm1(z)), where=where),
-        jnp.sum(losses, where=where),
-        jnp.asarray(losses.size, dtype) if where is None else jnp.sum(where).astype(dtype),
-    )
-    sum_exp, sum_expm1, sum_losses, n = sums if axis_name is None else lax.psum(sums, axis_name)
-    divisor = jnp.maximum(n, 1)
+    return shift, exp_z, TiltedSums(jnp.sum(exp_z), jnp.sum(expm1_z), jnp.sum(losses), n)
 
-    log_mean_exp = jnp.log(jnp.where(n > 0, sum_exp, 1) / divisor)
+
+def soft_extremum(shift: jax.Array, lam: jax.Array, sums: TiltedSums) -> jax.Array:
+    """The robust loss of a batch, from the sums of all its parts."""
+    n = jnp.maximum(sums.n, 1)
+    log_mean_exp = jnp.log(sums.divisor / n)
     # As λ grows the mean nears 1 and its logarithm loses the digits that λ then multiplies, which
     # log1p keeps; far from 1 it is log1p that loses them. The two have one derivative.
-    mean_expm1 = sum_expm1 / divisor
+    mean_expm1 = sums.expm1 / n
     log_mean_exp += jnp.where(
         jnp.abs(mean_expm1) < 0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
     )
-    loss = jnp.where(flat, sum_losses / divisor, shift + safe_lam * log_mean_exp)
-    weights = exp_z / sum_exp
-    return loss, weights if where is None else jnp.where(where, weights, 0), n
+    flat = jnp.abs(lam) >= _INF_TEMPERATURE
+    safe_lam = jnp.where(flat, 1, lam)  # inf * 0 would trip jax_debug_nans
+    return jnp.where(flat, sums.losses / n, shift + safe_lam * log_mean_exp)
 
 
 def _check_temperature(temperature: ArrayLike) -> None:
