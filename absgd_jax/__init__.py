@@ -6,6 +6,9 @@ from absgd_jax._attention import Attention as Attention
 from absgd_jax._attention import attention as attention
 from absgd_jax._attention import AttentionState as AttentionState
 from absgd_jax._attention import robust_loss as robust_loss
+from absgd_jax._merge import accumulate as accumulate
+from absgd_jax._merge import AccumulateState as AccumulateState
+from absgd_jax._merge import pmerge as pmerge
 from absgd_jax._transform import abadam as abadam
 from absgd_jax._transform import absgd as absgd
 from absgd_jax._transform import get_temperature as get_temperature

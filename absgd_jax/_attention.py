@@ -109,7 +109,7 @@ def robust_loss(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
-    _check_temperature(temperature)
+    check_temperature(temperature)
     loss, _, _ = _tilt(losses, temperature, where, axis_name)
     return loss
 
@@ -215,7 +215,7 @@ def moving_baseline(
     not finite V stays as it was and the scale is 1.
     """
     if not callable(temperature):
-        _check_temperature(temperature)
+        check_temperature(temperature)
     if is_concrete(gamma) and not 0 < gamma <= 1:
         raise ValueError(
             f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch in the "
@@ -325,9 +325,9 @@ def tilted_sums(
     losses: jax.Array,
     lam: jax.Array,
     counts: jax.Array | None,
-    axis_name: Hashable | None,
+    axis_name: Hashable | None = None,
 ) -> tuple[jax.Array, jax.Array, TiltedSums]:
-    """The shift, exp((l - shift) / λ), and the sums of this part of the batch.
+    """The shift, exp((l - shift) / λ) times the counts, and the sums of this part of the batch.
 
     ``counts`` says how many examples each loss stands for: 1 if ``None``, 0 for what is masked. The
     shift is that of the whole batch, which is spread over ``axis_name``; the sums are not reduced.
@@ -355,7 +355,7 @@ def tilted_sums(
 
 def soft_extremum(shift: jax.Array, lam: jax.Array, sums: TiltedSums) -> jax.Array:
     """The robust loss of a batch, from the sums of all its parts."""
-    n = jnp.maximum(sums.n, 1)
+    n = jnp.where(sums.n > 0, sums.n, 1)
     log_mean_exp = jnp.log(sums.divisor / n)
     # As λ grows the mean nears 1 and its logarithm loses the digits that λ then multiplies, which
     # log1p keeps; far from 1 it is log1p that loses them. The two have one derivative.
@@ -368,7 +368,7 @@ def soft_extremum(shift: jax.Array, lam: jax.Array, sums: TiltedSums) -> jax.Arr
     return jnp.where(flat, sums.losses / n, shift + safe_lam * log_mean_exp)
 
 
-def _check_temperature(temperature: ArrayLike) -> None:
+def check_temperature(temperature: ArrayLike) -> None:
     if callable(temperature):
         raise TypeError(
             "temperature must be a number here, got a schedule; pass what the schedule gives for "

@@ -27,3 +27,14 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
             "broadcast it with jnp.broadcast_to if that is meant."
         )
     return where
+
+
+def as_scalar(name: str, loss: ArrayLike) -> jax.Array:
+    """``loss``, the argument of that name, as an array of no dimensions."""
+    loss = jnp.asarray(loss)
+    if loss.shape != ():
+        raise ValueError(
+            f"{name} must be a scalar, got shape {loss.shape}; pass robust_loss(losses, "
+            "temperature), not the losses."
+        )
+    return loss

@@ -8,7 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import AttentionState, moving_baseline
-from absgd_jax._checks import at_least_float32
+from absgd_jax._checks import as_scalar, at_least_float32
 
 
 def scale_by_attention(
@@ -38,9 +38,11 @@ def scale_by_attention(
 
     Returns:
       A transformation whose update is ``update(updates, state, params=None, *, value,
-      where=None)``. ``value`` is the scalar that ``updates`` is the gradient of. ``where`` is
-      needed by batches that may be masked whole: if no entry is true, :math:`u` is left alone. So
-      it is by a ``value`` that is not finite, the gradients then passing as they are.
+      where=None)``. ``value`` is the scalar that ``updates`` is the gradient of. ``where``, the
+      mask or the number of entries that it includes, is needed by batches that may be masked whole:
+      if there are none, :math:`u` is left alone. So it is by a ``value`` that is not finite, the
+      gradients then passing as they are. Where ``pmap`` or ``shard_map`` spreads the batch, the
+      number is that of all devices, ``lax.psum(where.sum(), axis_name)``.
 
     Raises:
       ValueError: An argument is out of range, or ``value`` is not a scalar.
@@ -79,17 +81,7 @@ def scale_by_attention(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AttentionState]:
         del params, extra_args
-        if value is None:
-            raise TypeError(
-                "value is missing; attention depends on the loss whose gradients it scales: "
-                "tx.update(grads, state, params, value=loss). A loop that can't pass it on, such "
-                "as flax's TrainState, can weight its losses with absgd_jax.attention instead."
-            )
-        if jnp.shape(value) != ():
-            raise ValueError(
-                f"value must be a scalar, got shape {jnp.shape(value)}; pass robust_loss(losses, "
-                "temperature), not the losses."
-            )
+        value = as_value(value)
         if where is not None:
             value = jnp.where(jnp.any(where), value, jnp.inf)
         scale, state = advance(value, state)
@@ -102,6 +94,17 @@ def scale_by_attention(
         return jax.tree.map(rescale, updates), state
 
     return optax.GradientTransformationExtraArgs(lambda params: init(), update_fn)
+
+
+def as_value(value: ArrayLike | None) -> jax.Array:
+    """``value`` as an array, checked."""
+    if value is None:
+        raise TypeError(
+            "value is missing; attention depends on the loss whose gradients it scales: "
+            "tx.update(grads, state, params, value=loss). A loop that can't pass it on, such "
+            "as flax's TrainState, can weight its losses with absgd_jax.attention instead."
+        )
+    return as_scalar("value", value)
 
 
 def absgd(
