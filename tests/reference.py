@@ -49,10 +49,10 @@ def problem() -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     return params, images[batches], digits.target[batches]
 
 
-def cross_entropy(params, x, y):
+def cross_entropy(params, x, y, log_prior=0.0):
     """Per-example losses and a function from their weights to the gradient of the weighted sum."""
     h = np.tanh(x @ params["w1"] + params["b1"])
-    logits = h @ params["w2"] + params["b2"]
+    logits = h @ params["w2"] + params["b2"] + log_prior
     logits = logits - logits.max(axis=1, keepdims=True)
     log_z = np.log(np.exp(logits).sum(axis=1))
     rows = np.arange(len(y))
