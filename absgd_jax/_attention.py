@@ -148,7 +148,8 @@ def attention(
       An :class:`Attention` pair ``(init, update)``: ``init() -> state`` and
       ``update(losses, state, *, where=None, axis_name=None) -> (weights, state)``, whose arguments
       are those of :func:`robust_loss`. The weights have the shape and dtype of ``losses`` and pass
-      no gradient.
+      no gradient. With ``axis_name``, differentiate ``lax.psum((weights * losses).sum(),
+      axis_name)``.
 
     Raises:
       TypeError: As :func:`robust_loss`; ``state`` is not an :class:`AttentionState`.
@@ -342,8 +343,14 @@ def tilted_sums(
     if where is not None:
         losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
 
+    gap = losses - shift
+    # Where XLA fuses the product that the losses are into this difference, it isn't rounded as it
+    # was for the maximum; what is left of the largest would, over a small λ, be an exponent.
+    rounding = float(np.finfo(lam.dtype).eps) * jnp.abs(shift)
+    gap -= lax.stop_gradient(jnp.where(jnp.abs(gap) <= rounding, gap, 0))
+
     flat = jnp.abs(lam) >= _INF_TEMPERATURE
-    z = jnp.where(flat, 0, (losses - shift) / jnp.where(flat, 1, lam))
+    z = jnp.where(flat, 0, gap / jnp.where(flat, 1, lam))
     exp_z, expm1_z = jnp.exp(z), lax.stop_gradient(jnp.expm1(z))
     n = jnp.asarray(losses.size, lam.dtype)
     if counts is not None:

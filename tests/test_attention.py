@@ -77,6 +77,18 @@ class TestRobustLoss:
         assert losses.min() <= loss <= losses.max()
         np.testing.assert_allclose(grads.sum(), 1, rtol=1e-6)
 
+    @pytest.mark.parametrize("sign", [1, -1])
+    def test_losses_fused_into_it(self, sign):
+        """Their last product is then not rounded as it is where the largest is looked for."""
+        temperatures = sign * jnp.array([1e-6, 1e-3])
+        scales = jnp.linspace(1e4, 1e6, 64)
+        loss, grads = jax.jit(
+            jax.vmap(lambda t: jax.vmap(lambda s: value_and_grad(s * LOSSES, t))(scales))
+        )(temperatures)
+        largest = (LOSSES.max() if sign > 0 else LOSSES.min()) * scales
+        np.testing.assert_allclose(loss, jnp.stack([largest] * 2), rtol=1e-5)
+        np.testing.assert_allclose(grads.sum(axis=-1), 1, rtol=1e-5)
+
     @pytest.mark.parametrize("temperature", [0.5, -0.5, np.inf])
     def test_mask(self, temperature):
         where = np.arange(24) % 3 != 0
