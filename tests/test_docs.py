@@ -28,7 +28,7 @@ def test_docstrings(module):
 
 def test_every_public_function_has_an_example():
     functions = [f for module in PUBLIC for f in vars(module).values() if inspect.isfunction(f)]
-    assert len(functions) == 6 + 10 + 5
+    assert len(functions) == 8 + 10 + 5
     for function in functions:
         assert ">>> " in function.__doc__, function.__name__
 
