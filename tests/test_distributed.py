@@ -1,6 +1,11 @@
 """One batch is one batch, whatever its layout: the same parameters and one state after 50 steps."""
 
 import functools
+import pathlib
+import re
+import socket
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -157,6 +162,44 @@ def test_micro_batches_on_devices(precision):
         return params, state, None
 
     check(train, precision, functools.partial(split_steps, 2))
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What one_of_two_processes.py wrote, and how each process ended: its code and its messages."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    outs = [tmp_path_factory.mktemp("process") / "results.npz" for _ in range(2)]
+    script = pathlib.Path(__file__).with_name("one_of_two_processes.py")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(port), str(i), out], stderr=subprocess.PIPE, text=True
+        )
+        for i, out in enumerate(outs)
+    ]
+    messages = [process.communicate(timeout=300)[1] for process in processes]
+    ends = [(p.returncode, message) for p, message in zip(processes, messages, strict=True)]
+    assert all(out.exists() for out in outs), ends
+    return [np.load(out) for out in outs], ends
+
+
+class TestTwoProcesses:
+    @pytest.mark.parametrize("form", ["jit", "shard_map"])
+    def test_are_one(self, form, two_processes):
+        results, _ = two_processes
+        params, log_normalizer, losses = EXPECTED[-1.0]
+        expected = params | {"log_normalizer": log_normalizer, "losses": losses}
+        for k, e in expected.items():
+            first, second = (result[f"{form}/{k}"] for result in results)
+            np.testing.assert_array_equal(first, second)
+            np.testing.assert_allclose(first, e, rtol=0, atol=1e-12 * np.abs(e).max(), err_msg=k)
+
+    def test_death_of_one_ends_the_other(self, two_processes):
+        _, ((code, message), (dead, _)) = two_processes
+        assert dead == 1
+        assert code != 0
+        assert re.search(r"another task died|[Cc]onnection", message), message
 
 
 class TestBadInput:
