@@ -181,9 +181,8 @@ def pmerge(
       \qquad
       n = \sum_d n_d
 
-    It takes one collective beside that of the gradients, a scalar maximum that the backward pass
-    does not wait for. With :func:`robust_loss` across ``axis_name`` instead, the backward pass
-    waits for two.
+    Beside the collective of the gradients it takes one of a scalar, after the backward pass. With
+    :func:`robust_loss` across ``axis_name`` instead, the backward pass waits for two.
 
     Args:
       loss: The robust loss of this device's part: no ``axis_name`` in :func:`robust_loss`.
@@ -221,21 +220,23 @@ def pmerge(
       [5.2006755 5.2006755] [2.2190917 2.2190917]
     """
     check_temperature(temperature)
-    loss = as_scalar("loss", loss)
+    part = as_scalar("loss", loss)
     names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
     for g in jax.tree.leaves(grads):
-        if summed := (_varying(loss) - _varying(g)).intersection(names):
+        if summed := (_varying(part) - _varying(g)).intersection(names):
             raise ValueError(
                 "grads must be those of this device's part, got their sum over "
                 f"{', '.join(map(str, summed))}; differentiate with respect to "
                 "jax.lax.pcast(params, axis_name, to='varying')."
             )
 
-    dtype = at_least_float32(loss.dtype)
+    # XLA would scale in the very kernels of the backward pass, which then wait for the maximum.
+    part, grads = lax.optimization_barrier((part, grads))
+    dtype = at_least_float32(part.dtype)
     lam = jnp.asarray(temperature, dtype)
     # Their share and not their number, by which a gradient in float16 could overflow.
     count = jnp.ones([], dtype) if where is None else jnp.mean(where, dtype=dtype)
-    shift, exp_z, sums = tilted_sums(loss.astype(dtype)[None], lam, count[None], axis_name)
+    shift, exp_z, sums = tilted_sums(part.astype(dtype)[None], lam, count[None], axis_name)
 
     def scale(g: ArrayLike, factor: jax.Array) -> jax.Array:
         g = jnp.asarray(g)
