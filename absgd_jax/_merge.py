@@ -27,7 +27,7 @@ class AccumulateState(NamedTuple):
     """State of :func:`accumulate`.
 
     Attributes:
-      mini_step: Number of micro-batches so far, of the ``every_k``.
+      mini_step: Number of micro-batches so far; 0 when the optimiser has just been updated.
       count: Number of examples in them.
       value: Their robust loss.
       acc_grads: Its gradient, in float32 or in the dtype of the parameters if that is wider.
@@ -71,8 +71,9 @@ def accumulate(
       A transformation whose update is ``update(updates, state, params=None, *, value, where=None,
       **extra_args)``. ``value`` is the robust loss of the micro-batch, and ``updates`` its
       gradient. ``where`` is the mask of the micro-batch or the number of entries that it includes,
-      for micro-batches that differ in it: all k have one, or none has. The optimiser gets the
-      number of all k as ``where``, and the extra arguments of the last micro-batch.
+      for micro-batches that differ in it: all k have one, or none has. Where it is spread over
+      devices, the number is that of all. The optimiser gets as ``where`` whether any of the k
+      includes an entry, and the extra arguments of the last micro-batch.
 
     Raises:
       ValueError: ``every_k`` is less than 1; ``opt`` holds no attention, or several; ``value`` is
