@@ -36,7 +36,7 @@ def test_every_public_function_has_an_example():
 def test_readme(capsys):
     text = README.read_text()
     blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
-    assert len(blocks) == 4
+    assert len(blocks) == 6
     namespace = {}
     for block in blocks:
         # Blank lines in front, so that a traceback points into README.
