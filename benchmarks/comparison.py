@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -166,6 +167,13 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
     if max(sgd, absgd) > 1:
         sizes.append((sgd + absgd) * args.search_seeds)
     epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
+
+    def interrupt(*_: Any) -> None:
+        print("\nstopping after this epoch; again, at once", file=sys.stderr)
+        training.stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, interrupt)
     try:
         total, hidden = comparisons * epochs, jax.process_index() > 0
         with tqdm(total=total, unit="epoch", disable=hidden) as bar:
@@ -175,6 +183,8 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
             f"\nstopped; {args.out} has the results so far, and --resume goes on", file=sys.stderr
         )
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGINT, before)
     if jax.process_index() == 0:
         path = args.out / "config.json"
         report.save(path, json.loads(path.read_text()) | {"finished": True})

@@ -5,6 +5,7 @@ import functools
 import logging
 import pathlib
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from absgd_jax import absgd, get_temperature, robust_loss
 from benchmarks import models, report
 
 log = logging.getLogger("benchmarks")
+stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 
 # Per-example losses [B] of logits z [B, C] and labels y; `late` says whether the second stage of
@@ -354,11 +356,15 @@ def train_part(
                 for group, value in enumerate(np.ravel(of_run[i])):
                     tag = f"{field}/{group}" if np.ndim(of_run[i]) else field
                     writer.add_scalar(tag, value, epoch)
-        # The clock of the first process decides for all.
-        if broadcast_one_to_all(time.monotonic() - saved >= args.checkpoint_every):
+        # The first process decides for all.
+        due = stop.is_set() or time.monotonic() - saved >= args.checkpoint_every
+        stopping, due = broadcast_one_to_all((stop.is_set(), due))
+        if due:
             tree = state, History(*map(np.stack, zip(*history, strict=True)))
             checkpoints.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
             saved = time.monotonic()
+        if stopping:
+            raise KeyboardInterrupt
     for writer in writers:
         writer.close()
     last = program(frozen(args.epochs - 1))
