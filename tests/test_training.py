@@ -274,7 +274,7 @@ def test_fine_tuning(tmp_path, digits):
         hidden=[8, 8],
         fine_tune_from=1,
     )
-    losses = second.evaluate(state, run, task.images)
+    losses = jax.jit(second.evaluate)(state, run, task.images)
     np.testing.assert_allclose(stacked.losses[0], losses, rtol=1e-3, atol=1e-5)
 
 
