@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 
 from absgd_jax._attention import check_temperature, soft_extremum, tilted_sums
 from absgd_jax._checks import as_scalar, at_least_float32
-from absgd_jax._transform import as_value, get_temperature
+from absgd_jax._transform import as_value, get_temperature, rescale
 
 
 class AccumulateState(NamedTuple):
@@ -238,17 +238,9 @@ def pmerge(
     # Their share and not their number, by which a gradient in float16 could overflow.
     count = jnp.ones([], dtype) if where is None else jnp.mean(where, dtype=dtype)
     shift, exp_z, sums = tilted_sums(part.astype(dtype)[None], lam, count[None], axis_name)
-
-    def scale(g: ArrayLike, factor: jax.Array) -> jax.Array:
-        g = jnp.asarray(g)
-        dtype = at_least_float32(g.dtype)
-        return (factor.astype(dtype) * g.astype(dtype)).astype(g.dtype)
-
     # One reduction: XLA combines what does not wait for one another.
-    sums, grads = lax.psum((sums, jax.tree.map(lambda g: scale(g, exp_z[0]), grads)), axis_name)
-    return soft_extremum(shift, lam, sums), jax.tree.map(
-        lambda g: scale(g, 1 / sums.divisor), grads
-    )
+    sums, grads = lax.psum((sums, rescale(grads, exp_z[0])), axis_name)
+    return soft_extremum(shift, lam, sums), rescale(grads, 1 / sums.divisor)
 
 
 def _varying(x: ArrayLike) -> frozenset[Hashable]:

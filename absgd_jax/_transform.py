@@ -85,15 +85,21 @@ def scale_by_attention(
         if where is not None:
             value = jnp.where(jnp.any(where), value, jnp.inf)
         scale, state = advance(value, state)
-
-        def rescale(g: ArrayLike) -> jax.Array:
-            g = jnp.asarray(g)
-            dtype = at_least_float32(g.dtype)
-            return (scale.astype(dtype) * g.astype(dtype)).astype(g.dtype)
-
-        return jax.tree.map(rescale, updates), state
+        return rescale(updates, scale), state
 
     return optax.GradientTransformationExtraArgs(lambda params: init(), update_fn)
+
+
+def rescale(updates: optax.Updates, scale: jax.Array) -> optax.Updates:
+    """The updates times a scalar, each in its dtype."""
+
+    def multiply(g: ArrayLike) -> jax.Array:
+        g = jnp.asarray(g)
+        dtype = at_least_float32(g.dtype)
+        return (scale.astype(dtype) * g.astype(dtype)).astype(g.dtype)
+
+    rescaled: optax.Updates = jax.tree.map(multiply, updates)
+    return rescaled
 
 
 def as_value(value: ArrayLike | None) -> jax.Array:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from tqdm import tqdm
@@ -156,7 +155,7 @@ def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
         margins = [(n // 2, n - n // 2) for n in missing]
         pixels = np.pad(pixels, [(0, 0), *margins, (0, 0)])
     mean, std = (np.float32(f(train.images, axis=(0, 1, 2))) for f in (np.mean, np.std))
-    return jax.tree.map(jnp.asarray, Images(pixels, mean, std))
+    return jax.device_put(Images(pixels, mean, std), training.sharding(args))
 
 
 @contextlib.contextmanager

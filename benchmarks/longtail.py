@@ -135,16 +135,9 @@ def mass(result: Result) -> np.ndarray:
 
 
 def main() -> None:
-    parser = options.make_parser(__doc__, seeds=10, out="out/longtail")
+    parser = options.make_parser(__doc__, LOSSES, seeds=10, out="out/longtail")
+    parser.set_defaults(methods=["cross_entropy", "balanced_softmax"])
     add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        choices=LOSSES,
-        default=["cross_entropy", "balanced_softmax"],
-        metavar="LOSS",
-        help=f"of {', '.join(LOSSES)}",
-    )
     add("--imbalance", type=float, default=0.05, help="images of the smallest class / largest")
     add(
         "--give",

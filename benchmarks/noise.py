@@ -124,20 +124,12 @@ def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -
 
 
 def main() -> None:
-    parser = options.make_parser(__doc__, seeds=5, out="out/noise")
+    parser = options.make_parser(__doc__, LOSSES, seeds=5, out="out/noise")
     parser.set_defaults(
         learning_rates=[0.03, 0.1, 0.3, 1.0],
         temperatures=[options.parse_stages(t) for t in ("-5", "-2", "-1", "0.2:-1", "0.2:-0.5")],
     )
     add = parser.add_argument
-    add(
-        "--methods",
-        nargs="+",
-        choices=LOSSES,
-        default=list(LOSSES),
-        metavar="LOSS",
-        help=f"of {', '.join(LOSSES)}",
-    )
     add(
         "--noise",
         type=parse_noise,

@@ -6,6 +6,7 @@ import logging
 import math
 import pathlib
 import shutil
+from collections.abc import Collection
 
 import jax
 
@@ -49,9 +50,19 @@ def parse_stages(text: str) -> Stages:
     return stages
 
 
-def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
+def make_parser(
+    doc: str, losses: Collection[str], *, seeds: int, out: str
+) -> argparse.ArgumentParser:
     parser = report.make_parser(doc, seeds=seeds, out=out)
     add = parser.add_argument
+    add(
+        "--methods",
+        nargs="+",
+        choices=losses,
+        default=list(losses),
+        metavar="LOSS",
+        help=f"of {', '.join(losses)}",
+    )
     add("--resume", action="store_true", help="go on with what --out holds")
     add("--dataset", choices=datasets.NAMES, default="digits", help="what to train on")
     add("--data-dir", type=pathlib.Path, help="folder with the files of the data set")

@@ -57,7 +57,7 @@ class Run(NamedTuple):
     seed: Any  # int32
     learning_rate: Any  # float32
     temperatures: Any  # [stages], float32: the values that λ, infinite at first, takes ...
-    starts: Any  # [stages]: ... from these epochs on, as shares of all
+    starts: Any  # [stages], int32: ... from these epochs on
     train: Examples
     evaluation: Examples
 
@@ -289,9 +289,9 @@ def train(
             parts.append(Trained(History(*history), losses))
             continue
         part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
-        part, images = jax.device_put((part, task.images), sharding(args))
+        part = jax.device_put(part, sharding(args))
         with checkpoint_manager(args.out / "checkpoints" / done.stem) as checkpoints:
-            trained = train_part(args, done.stem, program, part, images, bar, checkpoints)
+            trained = train_part(args, done.stem, program, part, task.images, bar, checkpoints)
             parts.append(trained)
         if jax.process_index() == 0:
             done.parent.mkdir(exist_ok=True)
