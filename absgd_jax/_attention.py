@@ -21,10 +21,15 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_mask, at_least_float32, is_concrete
-
-# From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
-_INF_TEMPERATURE = 1e30
+from absgd_jax._checks import as_losses, as_mask, is_concrete
+from absgd_jax._temperature import (
+    AutomaticTemperature,
+    batch_divergence,
+    check_temperature,
+    Divergence,
+    is_flat,
+    Temperature,
+)
 
 
 class AttentionState(NamedTuple):
@@ -110,12 +115,12 @@ def robust_loss(
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     check_temperature(temperature)
-    loss, _, _ = _tilt(losses, temperature, where, axis_name)
+    loss, _, _ = tilt(losses, temperature, where, axis_name)
     return loss
 
 
 def attention(
-    temperature: optax.ScalarOrSchedule,
+    temperature: Temperature,
     *,
     gamma: float | jax.Array = 0.9,
     alpha: float | jax.Array = 1.0,
@@ -132,8 +137,9 @@ def attention(
     :math:`\lambda = \pm\infty` the weights are :math:`1 / n` and :math:`u` waits.
 
     Args:
-      temperature: λ: a number, a 0-d array, or an optax schedule of the number of updates. A number
-        is where ``state.temperature`` starts and may be replaced in the state; a schedule, or a
+      temperature: λ: a number, a 0-d array, an optax schedule of the number of updates, or
+        automatic: :func:`target_ess`, :func:`target_kl`. A number is where ``state.temperature``
+        starts and may be replaced in the state, as an automatic one may; a schedule, or a
         :class:`jax.Array` (such as ``optax.inject_hyperparams`` passes), is what every update
         follows.
       gamma: Weight of the newest batch in the moving average, in (0, 1]: one minus its decay.
@@ -192,8 +198,12 @@ def attention(
                 "and pass on the state that update returns."
             )
         losses = jnp.asarray(losses)
-        loss, weights, n = _tilt(losses, _current(temperature, state), where, axis_name)
-        scale, state = advance(jnp.where(n > 0, loss, jnp.inf), state)
+        lam = _current(temperature, state)
+        loss, weights, n = tilt(losses, lam, where, axis_name)
+        divergence = None
+        if isinstance(temperature, AutomaticTemperature):
+            divergence = batch_divergence(loss, losses, lam, where, axis_name)
+        scale, state = advance(jnp.where(n > 0, loss, jnp.inf), state, divergence)
         weights = lax.stop_gradient(weights * scale.astype(weights.dtype))
         return weights.astype(losses.dtype), state
 
@@ -201,19 +211,19 @@ def attention(
 
 
 def moving_baseline(
-    temperature: optax.ScalarOrSchedule,
+    temperature: Temperature,
     gamma: float | jax.Array,
     alpha: float | jax.Array,
     max_jump: float | jax.Array | None,
 ) -> tuple[
     Callable[[], AttentionState],
-    Callable[[ArrayLike, AttentionState], tuple[jax.Array, AttentionState]],
+    Callable[..., tuple[jax.Array, AttentionState]],
 ]:
-    """Returns ``init() -> state`` and ``advance(loss, state) -> (scale, state)``.
+    """Returns ``init() -> state`` and ``advance(loss, state, divergence) -> (scale, state)``.
 
     ``advance`` takes a batch's robust loss F into the baseline V; its scale, exp((F - V) / λ) / α
     with the new V, turns the weights w, or the gradient of F, into those of ABSGD. Where F or λ is
-    not finite V stays as it was and the scale is 1.
+    not finite V stays as it was and the scale is 1. An automatic temperature needs the divergence.
     """
     if not callable(temperature):
         check_temperature(temperature)
@@ -231,21 +241,27 @@ def moving_baseline(
 
     def init() -> AttentionState:
         count = jnp.zeros([], jnp.int32)
-        first = temperature(count) if callable(temperature) else temperature
+        first: ArrayLike
+        if isinstance(temperature, AutomaticTemperature):
+            first = temperature.init_value
+        else:
+            first = temperature(count) if callable(temperature) else temperature
         return AttentionState(
             count=count,
             temperature=jnp.asarray(first, float),
             baseline=jnp.asarray(-jnp.inf, float),
         )
 
-    def advance(loss: ArrayLike, state: AttentionState) -> tuple[jax.Array, AttentionState]:
+    def advance(
+        loss: ArrayLike, state: AttentionState, divergence: Divergence | None = None
+    ) -> tuple[jax.Array, AttentionState]:
         dtype = jnp.result_type(state.baseline)
         loss, baseline, lam, newest = (
             jnp.asarray(x, dtype)
             for x in (loss, state.baseline, _current(temperature, state), gamma)
         )
         started = jnp.isfinite(baseline)
-        flat = jnp.abs(lam) >= _INF_TEMPERATURE
+        flat = is_flat(lam)
         active = jnp.isfinite(loss) & ~flat
         # What the wheres below discard must be finite as well, or its gradient is NaN.
         safe_lam = jnp.where(flat, 1, lam)
@@ -266,42 +282,39 @@ def moving_baseline(
             lag > 0, safe_baseline + safe_lam * (growth - lag), loss + safe_lam * growth
         )
         count = optax.safe_increment(state.count)
-        scale = jnp.where(active, jnp.exp(-growth) / jnp.asarray(alpha, dtype), 1)
+        next_lam: ArrayLike
+        if isinstance(temperature, AutomaticTemperature):
+            next_lam = temperature.update(state, divergence=divergence).temperature
+        else:
+            next_lam = temperature(count) if callable(temperature) else lam
+        scale = jnp.exp(-growth) / jnp.asarray(alpha, dtype)
+        if isinstance(temperature, AutomaticTemperature) and divergence is not None:
+            scale *= temperature.scale(lam, divergence)
+        scale = jnp.where(active, scale, 1)
         return scale, AttentionState(
             count=count,
-            temperature=jnp.asarray(temperature(count) if callable(temperature) else lam, dtype),
+            temperature=jnp.asarray(next_lam, dtype),
             baseline=jnp.where(active, averaged, baseline),
         )
 
     return init, advance
 
 
-def _current(temperature: optax.ScalarOrSchedule, state: AttentionState) -> ArrayLike:
+def _current(temperature: Temperature, state: AttentionState) -> ArrayLike:
     """λ of this step: the state's, unless an array was injected for this very call."""
     return temperature if isinstance(temperature, jax.Array) else state.temperature
 
 
-def _tilt(
+def tilt(
     losses: ArrayLike,
     temperature: ArrayLike,
     where: ArrayLike | None,
     axis_name: Hashable | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Robust loss (differentiable), weights, and the number of examples, after checks."""
-    losses = jnp.asarray(losses)
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise TypeError(f"losses must be floating point, got {losses.dtype}; cast them first.")
-    if losses.ndim == 0:
-        raise ValueError(
-            "losses must hold one entry an example, got a scalar; pass the per-example losses, "
-            "before any mean or sum."
-        )
-    if where is not None:
-        where = as_mask(where, losses.shape)
-
-    dtype = at_least_float32(losses.dtype)
-    losses, lam = losses.astype(dtype), jnp.asarray(temperature, dtype)
-    counts = None if where is None else where.astype(dtype)
+    losses = as_losses(losses)
+    lam = jnp.asarray(temperature, losses.dtype)
+    counts = None if where is None else as_mask(where, losses.shape).astype(losses.dtype)
     shift, exp_z, sums = tilted_sums(losses, lam, counts, axis_name)
     if axis_name is not None:
         sums = lax.psum(sums, axis_name)
@@ -349,7 +362,7 @@ def tilted_sums(
     rounding = float(np.finfo(lam.dtype).eps) * jnp.abs(shift)
     gap -= lax.stop_gradient(jnp.where(jnp.abs(gap) <= rounding, gap, 0))
 
-    flat = jnp.abs(lam) >= _INF_TEMPERATURE
+    flat = is_flat(lam)
     z = jnp.where(flat, 0, gap / jnp.where(flat, 1, lam))
     exp_z, expm1_z = jnp.exp(z), lax.stop_gradient(jnp.expm1(z))
     n = jnp.asarray(losses.size, lam.dtype)
@@ -370,29 +383,6 @@ def soft_extremum(shift: jax.Array, lam: jax.Array, sums: TiltedSums) -> jax.Arr
     log_mean_exp += jnp.where(
         jnp.abs(mean_expm1) < 0.5, jnp.log1p(mean_expm1) - lax.stop_gradient(log_mean_exp), 0
     )
-    flat = jnp.abs(lam) >= _INF_TEMPERATURE
+    flat = is_flat(lam)
     safe_lam = jnp.where(flat, 1, lam)  # inf * 0 would trip jax_debug_nans
     return jnp.where(flat, sums.losses / n, shift + safe_lam * log_mean_exp)
-
-
-def check_temperature(temperature: ArrayLike) -> None:
-    if callable(temperature):
-        raise TypeError(
-            "temperature must be a number here, got a schedule; pass what the schedule gives for "
-            "this step, which is get_temperature(opt_state)."
-        )
-    if np.shape(temperature) != ():
-        raise ValueError(
-            f"temperature must be a scalar, got shape {np.shape(temperature)}; to run several, use "
-            "jax.vmap."
-        )
-    if is_concrete(temperature):
-        if not isinstance(temperature, int | float | np.number | np.ndarray):
-            raise TypeError(
-                f"temperature must be a number, an array or a schedule, got {temperature!r}."
-            )
-        if temperature == 0 or np.isnan(temperature):
-            raise ValueError(
-                f"temperature must be neither 0 nor NaN, got {temperature}; positive leans on hard "
-                "examples, negative on easy ones, and inf is the plain mean."
-            )

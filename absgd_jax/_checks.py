@@ -14,7 +14,20 @@ def is_concrete(x: object) -> bool:
     return not isinstance(x, jax.Array)
 
 
-def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
+def as_losses(losses: ArrayLike, name: str = "losses") -> jax.Array:
+    """``losses``, the argument of that name, in float32 at least: one entry an example."""
+    losses = jnp.asarray(losses)
+    if not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {losses.dtype}; cast them first.")
+    if losses.ndim == 0:
+        raise ValueError(
+            f"{name} must hold one entry an example, got a scalar; pass the per-example {name}, "
+            "before any mean or sum."
+        )
+    return losses.astype(at_least_float32(losses.dtype))
+
+
+def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax.Array:
     """``where`` as a boolean array of the shape of the losses."""
     where = jnp.asarray(where)
     if where.dtype != bool:
@@ -23,7 +36,7 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
         )
     if where.shape != shape:
         raise ValueError(
-            f"where must have the shape of losses, {shape}, got {where.shape}; "
+            f"where must have the shape of {of}, {shape}, got {where.shape}; "
             "broadcast it with jnp.broadcast_to if that is meant."
         )
     return where

@@ -18,8 +18,14 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._attention import check_temperature, soft_extremum, tilted_sums
+from absgd_jax._attention import soft_extremum, tilted_sums
 from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._temperature import (
+    batch_divergence,
+    check_temperature,
+    Divergence,
+    divergence_of,
+)
 from absgd_jax._transform import as_value, get_temperature, rescale
 
 
@@ -30,6 +36,7 @@ class AccumulateState(NamedTuple):
       mini_step: Number of micro-batches so far; 0 when the optimiser has just been updated.
       count: Number of examples in them.
       value: Their robust loss.
+      divergence: Where ``losses`` are given: how far their weights stray from the plain mean.
       acc_grads: Its gradient, in float32 or in the dtype of the parameters if that is wider.
       inner_opt_state: State of the optimiser.
     """
@@ -37,6 +44,7 @@ class AccumulateState(NamedTuple):
     mini_step: ArrayLike  # shape=(), dtype=jnp.int32
     count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype as value
     value: ArrayLike  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    divergence: Divergence  # three scalars, dtype as value
     acc_grads: optax.Updates
     inner_opt_state: optax.OptState
 
@@ -60,7 +68,7 @@ def accumulate(
     temperature included, stays as it is. ``optax.MultiSteps`` and ``optax.microbatch`` take the
     plain mean of :math:`G_m`, which is another gradient at every finite λ, and the former shows the
     optimiser the last micro-batch's loss. The memory is that of ``optax.MultiSteps``: one gradient,
-    and three scalars.
+    and a few scalars.
 
     Args:
       opt: The optimiser: :func:`absgd`, :func:`abadam`, or whatever chain holds one
@@ -69,11 +77,12 @@ def accumulate(
 
     Returns:
       A transformation whose update is ``update(updates, state, params=None, *, value, where=None,
-      **extra_args)``. ``value`` is the robust loss of the micro-batch, and ``updates`` its
-      gradient. ``where`` is the mask of the micro-batch or the number of entries that it includes,
-      for micro-batches that differ in it: all k have one, or none has. Where it is spread over
-      devices, the number is that of all. The optimiser gets as ``where`` whether any of the k
-      includes an entry, and the extra arguments of the last micro-batch.
+      losses=None, axis_name=None, **extra_args)``. ``value`` is the robust loss of the micro-batch,
+      and ``updates`` its gradient. ``where`` is the mask of the micro-batch or the number of
+      entries that it includes, for micro-batches that differ in it: all k have one, or none has.
+      ``losses`` and ``axis_name`` are as in :func:`scale_by_attention`. The optimiser gets as
+      ``where`` whether any of the k includes an entry, and the other extra arguments of the last
+      micro-batch.
 
     Raises:
       ValueError: ``every_k`` is less than 1; ``opt`` holds no attention, or several; ``value`` is
@@ -113,6 +122,7 @@ def accumulate(
             mini_step=jnp.zeros([], jnp.int32),
             count=jnp.zeros([], float),
             value=jnp.zeros([], float),
+            divergence=Divergence(*(jnp.zeros([], float) for _ in Divergence._fields)),
             acc_grads=jax.tree.map(
                 lambda p: jnp.zeros_like(p, at_least_float32(jnp.result_type(p))), params
             ),
@@ -126,14 +136,25 @@ def accumulate(
         *,
         value: ArrayLike | None = None,
         where: ArrayLike | None = None,
+        losses: ArrayLike | None = None,
+        axis_name: Hashable | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
         dtype = state.value.dtype
-        losses = jnp.stack([state.value, as_value(value).astype(dtype)])
-        count = jnp.ones([], dtype) if where is None else jnp.sum(where).astype(dtype)
         lam = get_temperature(state.inner_opt_state).astype(dtype)
-        shift, exp_z, sums = tilted_sums(losses, lam, jnp.stack([state.count, count]))
+        count = jnp.ones([], dtype) if where is None else jnp.sum(where).astype(dtype)
+        if axis_name is not None:
+            count = lax.psum(count, axis_name)
+        counts = jnp.stack([state.count, count])
+        parts = jnp.stack([state.value, as_value(value).astype(dtype)])
+        shift, exp_z, sums = tilted_sums(parts, lam, counts)
         loss, shares = soft_extremum(shift, lam, sums), exp_z / sums.divisor
+        divergence = state.divergence
+        if losses is not None:
+            new = batch_divergence(value, losses, lam, where, axis_name)
+            within = jax.tree.map(lambda *x: jnp.stack(x).astype(dtype), divergence, new)
+            divergence = divergence_of(parts, loss, lam, within.n, within)
+            extra_args["divergence"] = divergence
 
         def add(acc: jax.Array, g: ArrayLike) -> jax.Array:
             old, new = shares[0].astype(acc.dtype), shares[1].astype(acc.dtype)
@@ -150,14 +171,17 @@ def accumulate(
             **extra_args,
         )
         emit = state.mini_step == every_k - 1
-        mini_step, count, loss, acc_grads = jax.tree.map(
-            lambda x: jnp.where(emit, 0, x), (state.mini_step + 1, sums.n, loss, acc_grads)
+        mini_step, count, loss, divergence, acc_grads = jax.tree.map(
+            lambda x: jnp.where(emit, 0, x),
+            (state.mini_step + 1, sums.n, loss, divergence, acc_grads),
         )
         inner_opt_state = jax.tree.map(
             lambda new, old: jnp.where(emit, new, old), inner_opt_state, state.inner_opt_state
         )
         updates = jax.tree.map(lambda u: jnp.where(emit, u, 0), updates)
-        return updates, AccumulateState(mini_step, count, loss, acc_grads, inner_opt_state)
+        return updates, AccumulateState(
+            mini_step, count, loss, divergence, acc_grads, inner_opt_state
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 

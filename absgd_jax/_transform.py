@@ -1,18 +1,27 @@
 """Attentional bias as optax transformations: the head alone, and on momentum SGD and Adam."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import AttentionState, moving_baseline
 from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._temperature import (
+    AutomaticTemperature,
+    batch_divergence,
+    Divergence,
+    Temperature,
+    TemperatureState,
+)
 
 
 def scale_by_attention(
-    temperature: optax.ScalarOrSchedule,
+    temperature: Temperature,
     *,
     gamma: float | jax.Array = 0.9,
     alpha: float | jax.Array = 1.0,
@@ -38,15 +47,18 @@ def scale_by_attention(
 
     Returns:
       A transformation whose update is ``update(updates, state, params=None, *, value,
-      where=None)``. ``value`` is the scalar that ``updates`` is the gradient of. ``where``, the
-      mask or the number of entries that it includes, is needed by batches that may be masked whole:
-      if there are none, :math:`u` is left alone. So it is by a ``value`` that is not finite, the
-      gradients then passing as they are. Where ``pmap`` or ``shard_map`` spreads the batch, the
-      number is that of all devices, ``lax.psum(where.sum(), axis_name)``.
+      where=None, losses=None, axis_name=None)``. ``value`` is the scalar that ``updates`` is the
+      gradient of. ``where``, the mask or the number of entries that it includes, is needed by
+      batches that may be masked whole: if there are none, :math:`u` is left alone. So it is by a
+      ``value`` that is not finite, the gradients then passing as they are. ``losses``, the
+      per-example losses that ``value`` is of, are needed by an automatic temperature, and with them
+      ``where`` is the mask. ``axis_name`` is needed where ``pmap`` or ``shard_map`` spreads
+      ``where`` or ``losses``.
 
     Raises:
       ValueError: An argument is out of range, or ``value`` is not a scalar.
-      TypeError: ``temperature`` is no number, array or schedule, or ``value`` is missing.
+      TypeError: ``temperature`` is no number, array or schedule, or ``value`` is missing, or the
+        ``losses`` that an automatic temperature needs.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -78,13 +90,22 @@ def scale_by_attention(
         *,
         value: ArrayLike | None = None,
         where: ArrayLike | None = None,
+        losses: ArrayLike | None = None,
+        axis_name: Hashable | None = None,
+        divergence: Divergence | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AttentionState]:
         del params, extra_args
         value = as_value(value)
+        if isinstance(temperature, AutomaticTemperature) and divergence is None:
+            divergence = batch_divergence(value, losses, state.temperature, where, axis_name)
+            where, axis_name = divergence.n, None
         if where is not None:
-            value = jnp.where(jnp.any(where), value, jnp.inf)
-        scale, state = advance(value, state)
+            count = jnp.sum(where)
+            if axis_name is not None:
+                count = lax.psum(count, axis_name)
+            value = jnp.where(count > 0, value, jnp.inf)
+        scale, state = advance(value, state, divergence)
         return rescale(updates, scale), state
 
     return optax.GradientTransformationExtraArgs(lambda params: init(), update_fn)
@@ -115,7 +136,7 @@ def as_value(value: ArrayLike | None) -> jax.Array:
 
 def absgd(
     learning_rate: optax.ScalarOrSchedule,
-    temperature: optax.ScalarOrSchedule,
+    temperature: Temperature,
     *,
     momentum: float | jax.Array | None = 0.9,
     nesterov: bool = False,
@@ -192,7 +213,7 @@ def absgd(
 
 def abadam(
     learning_rate: optax.ScalarOrSchedule,
-    temperature: optax.ScalarOrSchedule,
+    temperature: Temperature,
     *,
     b1: float | jax.Array = 0.9,
     b2: float | jax.Array = 0.999,
@@ -307,7 +328,10 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
     (source,) = sources
     if isinstance(source, AttentionState):
         return jnp.asarray(source.temperature)
-    if "temperature" in getattr(source, "hyperparams_states", ()):
+    stateful = getattr(source, "hyperparams_states", {}).get("temperature")
+    if isinstance(stateful, TemperatureState):
+        return jnp.asarray(stateful.temperature)
+    if stateful is not None:
         raise ValueError(
             "optax.inject_hyperparams schedules the temperature and its state tells the value of "
             "the last step, not of the next; pass static_args=('temperature',) to it, and "

@@ -37,8 +37,7 @@ class Setting(NamedTuple):
     learning_rate: float
 
     def __str__(self) -> str:
-        shown = ", ".join(f"{t:g} from {s:g}" if s else f"{t:g}" for s, t in self.stages)
-        return shown or "∞"
+        return ", ".join(map(str, self.stages)) or "∞"
 
 
 class Result(NamedTuple):
@@ -51,7 +50,9 @@ class Result(NamedTuple):
 
     @property
     def optimizer(self) -> str:
-        return "ABSGD" if self.setting.stages else "SGD"
+        if not self.setting.stages:
+            return "SGD"
+        return "ABSGD, automatic" if options.is_automatic(self.setting.stages) else "ABSGD"
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -60,10 +61,14 @@ class Result(NamedTuple):
 
     @property
     def diverged(self) -> int:
-        """Runs whose loss is not finite, or whose accuracy is below twice a guess's."""
-        accuracy = self.trained.history.accuracy
-        finite = np.isfinite(self.trained.history.loss).all(axis=0)
-        return int(np.sum(~finite | (accuracy[-1].mean(axis=-1) < 2 / accuracy.shape[-1])))
+        return int(np.sum(diverged(self.trained.history)))
+
+
+def diverged(history: History) -> np.ndarray:
+    """Of each run, whether its loss is not finite, or its accuracy below twice a guess's."""
+    finite = np.isfinite(history.scalars["mean_loss"]).all(axis=0)
+    accuracy = history.accuracy[-1]
+    return ~finite | (accuracy.mean(axis=-1) < 2 / accuracy.shape[-1])
 
 
 class Source(NamedTuple):
@@ -107,7 +112,7 @@ def compare(
     normalized: bool = False,
     choose: Callable[[dict[Setting, np.ndarray]], Setting] = most_accurate,
 ) -> list[Result]:
-    """The loss with SGD and with ABSGD, each as the validation split chose.
+    """The loss with SGD, ABSGD, and ABSGD's automatic λ, each as the validation split chose.
 
     ``loss`` is a function of logits, labels, class counts and whether the second stage has begun;
     ``choose`` takes the class accuracies of every setting.
@@ -131,7 +136,8 @@ def compare(
         trained = training.train(args, f"{name}-{phase}", task, runs, bar)
         rows = [slice(i * len(seeds), (i + 1) * len(seeds)) for i in range(len(settings))]
         return [
-            Trained(History(*(x[:, r] for x in trained.history)), trained.losses[r]) for r in rows
+            Trained(jax.tree.map(lambda x, r=r: x[:, r], trained.history), trained.losses[r])
+            for r in rows
         ]
 
     grids = search_grids(args)
@@ -161,10 +167,10 @@ def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
 @contextlib.contextmanager
 def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
     """A bar over the epochs of all comparisons; afterwards the run is marked as finished."""
-    sgd, absgd = map(len, search_grids(args))
-    sizes = [2 * args.seeds]
-    if max(sgd, absgd) > 1:
-        sizes.append((sgd + absgd) * args.search_seeds)
+    grids = search_grids(args)
+    sizes = [len(grids) * args.seeds]
+    if max(map(len, grids)) > 1:
+        sizes.append(sum(map(len, grids)) * args.search_seeds)
     epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
 
     def interrupt(*_: Any) -> None:
@@ -191,10 +197,13 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
 
 
 def search_grids(args: argparse.Namespace) -> list[list[Setting]]:
-    """The settings of SGD, and those of ABSGD."""
+    """The settings of SGD, those of ABSGD, and those of its automatic λ."""
+    fixed = [stages for stages in args.temperatures if not options.is_automatic(stages)]
+    automatic = [stages for stages in args.temperatures if options.is_automatic(stages)]
     return [
         [Setting(stages, rate) for stages in grid for rate in args.learning_rates]
-        for grid in ([()], args.temperatures)
+        for grid in ([()], fixed, automatic)
+        if grid
     ]
 
 
@@ -202,12 +211,16 @@ def make_run(
     args: argparse.Namespace, setting: Setting, seed: int, train: Examples, evaluation: Examples
 ) -> Run:
     # All runs of a program have as many stages: an infinite λ from the start changes nothing.
-    padding = max(map(len, args.temperatures)) - len(setting.stages)
-    starts, temperatures = zip(*[(0.0, np.inf)] * padding, *setting.stages, strict=True)
+    padding = [options.Stage(0.0, np.inf)] * (
+        max(map(len, args.temperatures)) - len(setting.stages)
+    )
+    starts, temperatures, ess = zip(*padding, *setting.stages, strict=True)
     return Run(
         seed=np.int32(seed),
         learning_rate=np.float32(setting.learning_rate),
+        gamma=np.float32(args.gamma),
         temperatures=np.float32(temperatures),
+        ess=np.float32(ess),
         starts=np.int32([round(s * args.epochs) for s in starts]),
         train=train,
         evaluation=evaluation,
@@ -220,7 +233,7 @@ def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
         str(result.setting),
         f"{result.setting.learning_rate:g}",
         *(report.mean_std(column, ".1f") for column in columns),
-        f"{result.trained.history.effective_size[-1].mean():.2f}",
+        f"{result.trained.history.scalars['effective_sample_size'][-1].mean():.2f}",
         f"{result.diverged} of {result.accuracy.shape[1]}",
     )
 
@@ -238,10 +251,8 @@ def record(result: Result) -> dict[str, Any]:
         "diverged": result.diverged,
         "class_accuracy": result.accuracy[-1],  # [seeds, classes]
         "accuracy": result.accuracy.mean(axis=2).T,  # [seeds, epochs]
-        "training_loss": history.loss.T,
-        "effective_size": history.effective_size.T,
         "mass": history.mass.mean(axis=1),  # [epochs, groups]
-    }
+    } | {name: scalar.T for name, scalar in history.scalars.items()}
 
 
 def plot(
@@ -252,8 +263,9 @@ def plot(
     x: str,
     y: str,
     colors: dict[str, str],
+    scale: str = "linear",
 ) -> None:
-    """One panel a loss, in which ``draw`` draws SGD in dashes and ABSGD in full."""
+    """One panel a loss: SGD in dashes, ABSGD in full, its automatic λ in a thin line with dots."""
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
@@ -265,7 +277,13 @@ def plot(
         squeeze=False,
         layout="constrained",
     )
-    styles = {"SGD": {"ls": "--", "lw": 1.0}, "ABSGD": {"ls": "-", "lw": 1.8}}
+    styles = {
+        "SGD": {"ls": "--", "lw": 1.0},
+        "ABSGD": {"ls": "-", "lw": 1.8},
+        "ABSGD, automatic": {"ls": "-", "lw": 0.7, "marker": ".", "ms": 3},
+    }
+    drawn = {result.optimizer for results in panels.values() for result in results}
+    styles = {name: style for name, style in styles.items() if name in drawn}
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid.flat[len(panels) - columns : len(panels)]:  # nothing is below these
@@ -276,6 +294,7 @@ def plot(
         axes.set_title(title, fontsize="medium")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
+        axes.set_yscale(scale)
         axes.xaxis.get_major_locator().set_params(integer=True)
     lines = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
     lines += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
@@ -284,3 +303,14 @@ def plot(
     figure.supylabel(y, fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None:
+    """|λ| of every seed over the epochs."""
+
+    def draw(axes: Axes, result: Result, style: dict[str, Any]) -> None:
+        lam = np.abs(result.trained.history.scalars["temperature"])
+        epochs = np.arange(1, len(lam) + 1)
+        axes.plot(epochs, np.where(np.isfinite(lam), lam, np.nan), color="C0", **style)
+
+    plot(panels, draw, out / "temperature.png", x="epoch", y="|λ|", colors={}, scale="log")

@@ -104,34 +104,31 @@ def draw_curves(axes: Axes, result: Result, style: dict[str, Any]) -> None:
         axes.plot(epochs, mean, color=color, **style)
 
 
+def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
+    mass = result.trained.history.mass.mean(axis=1)
+    for color, part in enumerate(groups(mass.shape[1]).values()):
+        share = mass[:, part].sum(axis=1)
+        axes.plot(np.arange(1, len(mass) + 1), 100 * share, color=f"C{color}", **style)
+
+
 def draw_classes(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    axes.plot(result.accuracy[-1].mean(axis=0), color="C0", marker=".", **style)
+    axes.plot(result.accuracy[-1].mean(axis=0), color="C0", **{"marker": ".", **style})
 
 
 def write(args: argparse.Namespace, results: list[Result]) -> None:
     records = {f"{r.loss} {r.optimizer}": comparison.record(r) for r in results}
     report.write(args, records, table(results))
 
-    # The first result is one of SGD, whose weights are all the same: its mass is the share of the
-    # images.
-    images = mass(results[0])
-
-    def draw_weight(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-        axes.plot(mass(result) / images, color="C0", marker=".", **style)
-
     panels = {r.loss: [q for q in results if q.loss == r.loss] for r in results}
     ranks, accuracy = "class, from the most images to the fewest", "test accuracy, %"
+    parts = {name: f"C{color}" for color, name in enumerate(groups(10))}
     for name, draw, x, y, colors in (
         ("curves", draw_curves, "epoch", accuracy, {"all classes": "C0", "few": "C1"}),
         ("classes", draw_classes, ranks, accuracy, {}),
-        ("mass", draw_weight, ranks, "weight / share of images", {}),
+        ("mass", draw_mass, "epoch", "weight, %", parts),
     ):
         comparison.plot(panels, draw, args.out / f"{name}.png", x=x, y=y, colors=colors)
-
-
-def mass(result: Result) -> np.ndarray:
-    """Weight of each class, over all epochs and seeds."""
-    return result.trained.history.mass.mean(axis=(0, 1))
+    comparison.plot_temperature(panels, args.out)
 
 
 def main() -> None:

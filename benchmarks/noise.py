@@ -121,6 +121,7 @@ def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -
         ("mass", draw_mass, "weight on wrong labels, %"),
     ):
         comparison.plot(panels, draw, args.out / f"{name}.png", x="epoch", y=y, colors={})
+    comparison.plot_temperature(panels, args.out)
 
 
 def main() -> None:

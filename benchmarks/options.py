@@ -7,6 +7,7 @@ import math
 import pathlib
 import shutil
 from collections.abc import Collection
+from typing import NamedTuple
 
 import jax
 
@@ -29,23 +30,51 @@ DIGITS = {
     "augment": False,
 }
 
-Stages = tuple[tuple[float, float], ...]
+
+class Stage(NamedTuple):
+    """λ from a share of the epochs on; if it is infinite, that of an effective sample size."""
+
+    start: float
+    temperature: float
+    ess: float = 1.0  # share of the batch
+
+    def __str__(self) -> str:
+        lam = f"{self.temperature:g}"
+        if self.ess < 1:
+            lam = f"ess{math.copysign(self.ess, self.temperature):g}"
+        return f"{lam} from {self.start:g}" if self.start else lam
+
+
+Stages = tuple[Stage, ...]
+
+
+def is_automatic(stages: Stages) -> bool:
+    return any(stage.ess < 1 for stage in stages)
+
+
+def parse_stage(text: str) -> Stage:
+    start, _, temperature = text.rpartition(":")
+    if temperature.startswith("ess"):
+        ess = float(temperature.removeprefix("ess"))
+        stage = Stage(float(start or 0), math.copysign(math.inf, ess), abs(ess))
+    else:
+        stage = Stage(float(start or 0), float(temperature))
+    if not (0 <= stage.start < 1 and abs(stage.temperature) > 0 and 0 < stage.ess <= 1):
+        raise ValueError
+    return stage
 
 
 def parse_stages(text: str) -> Stages:
-    """``"5"``, or ``"0.8:5"``, or ``"0.5:10,0.8:5"``: (share of the epochs, λ from there on)."""
+    """``"5"``, ``"0.8:5"``, ``"0.5:10,0.8:5"``, ``"ess-0.7"``: λ from a share of the epochs on."""
     try:
-        parts = [part.rpartition(":") for part in text.split(",")]
-        stages = tuple((float(start or 0), float(temperature)) for start, _, temperature in parts)
-        starts = [start for start, _ in stages]
-        if starts != sorted(starts) or not 0 <= starts[0] <= starts[-1] < 1:
-            raise ValueError
-        if any(temperature == 0 or math.isnan(temperature) for _, temperature in stages):
+        stages = tuple(map(parse_stage, text.split(",")))
+        starts = [stage.start for stage in stages]
+        if starts != sorted(starts):
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"must be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or "
-            f"0.5:10,0.8:5, got {text}"
+            f"0.5:10,0.8:5, or an effective sample size, such as ess0.5 or ess-0.7, got {text}"
         ) from None
     return stages
 
@@ -87,7 +116,8 @@ def make_parser(
         metavar="LAMBDA",
         default=[parse_stages(text) for text in ("0.5", "2", "5", "0.5:0.5", "0.5:2", "0.5:5")],
         help="to choose from: 5 for λ = 5 from the start; 0.8:5 for plain SGD before 0.8 of the "
-        "epochs; 0.5:10,0.8:5 for several steps",
+        "epochs; 0.5:10,0.8:5 for several steps; ess0.5 for λ > 0 with an effective sample size of "
+        "half the batch, and ess-0.5 for λ < 0",
     )
     add(
         "--second-stage",

@@ -20,12 +20,13 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from absgd_jax import absgd, get_temperature, robust_loss
+from absgd_jax import absgd, diagnostics, get_temperature, robust_loss, target_ess
 from benchmarks import models, report
 
 log = logging.getLogger("benchmarks")
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
+DAMPING = target_ess().damping  # of an automatic λ
 
 # Per-example losses [B] of logits z [B, C] and labels y; `late` says whether the second stage of
 # training has begun.
@@ -56,7 +57,9 @@ class Run(NamedTuple):
 
     seed: Any  # int32
     learning_rate: Any  # float32
+    gamma: Any  # float32
     temperatures: Any  # [stages], float32: the values that λ, infinite at first, takes ...
+    ess: Any  # [stages], float32: ... or, where less than 1, the effective sample size that sets it
     starts: Any  # [stages], int32: ... from these epochs on
     train: Examples
     evaluation: Examples
@@ -65,10 +68,9 @@ class Run(NamedTuple):
 class History(NamedTuple):
     """What is recorded of every epoch of every run: [epochs, runs, ...]."""
 
-    loss: Any  # mean over the examples, float32
     accuracy: Any  # of each class of the evaluation split, [classes]
-    effective_size: Any  # 1 / (n Σ w²) of the batches' weights w, which sum to 1
-    mass: Any  # Σ w over the examples of each group, [groups]
+    mass: Any  # share of the weights that each group has, mean over the batches, [groups]
+    scalars: Any  # dictionary: those of diagnostics.summary, means over the batches
 
 
 class Task(NamedTuple):
@@ -173,15 +175,31 @@ def make_program(
         each = jax.lax.map(lambda part: model(images[part]), parts)
         return each.reshape(-1, task.classes)[: len(index)]
 
-    def optimizer(run):
-        first = second_stage if frozen else 0
-        temperatures = jnp.concatenate([jnp.full(1, jnp.inf), run.temperatures])
+    first = second_stage if frozen else 0
+
+    def stage(run, step):
+        """λ and the effective sample size."""
+        number = jnp.sum(step >= run.starts * steps)
+        lam, ess = (
+            jnp.concatenate([jnp.full(1, before), after])[number]
+            for before, after in ((jnp.inf, run.temperatures), (1.0, run.ess))
+        )
+        return lam, ess
+
+    def set_temperature(opt_state, run, step):
+        """For a step: that of its stage, or the one that the step before has tuned."""
+        lam, ess = stage(run, step)
+        tuned = jnp.copysign(get_temperature(opt_state), lam)
+        return optax.tree.set(opt_state, temperature=jnp.where(ess < 1, tuned, lam))
+
+    def optimizer(run, step):
+        (_, now), (_, after) = stage(run, step), stage(run, step + 1)
         tx = absgd(
             lambda count: run.learning_rate * rate(first + count),
-            lambda count: temperatures[jnp.sum(first + count >= run.starts * steps)],
+            target_ess(after, damping=jnp.where(now < 1, DAMPING, 0.0)),
             momentum=args.momentum,
             weight_decay=args.weight_decay,
-            gamma=args.gamma,
+            gamma=run.gamma,
         )
         if not frozen:
             return tx
@@ -197,11 +215,10 @@ def make_program(
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        return State(params, other, optimizer(run).init(params), jnp.int32(0))
+        opt_state = set_temperature(optimizer(run, first).init(params), run, first)
+        return State(params, other, opt_state, jnp.int32(0))
 
     def epoch(state, run, images, number):
-        tx = optimizer(run)
-
         def step(state, batch):
             index, key = batch
             index = jax.lax.with_sharding_constraint(index, sharding(args, "batch"))
@@ -219,15 +236,17 @@ def make_program(
             (value, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params
             )
-            updates, opt_state = tx.update(grads, state.opt_state, state.params, value=value)
+            updates, opt_state = optimizer(run, state.step).update(
+                grads, state.opt_state, state.params, value=value, losses=losses
+            )
+            opt_state = set_temperature(opt_state, run, state.step + 1)
             params = optax.apply_updates(state.params, updates)
             weights = jax.grad(robust_loss)(losses, temperature)
-            record = (
-                losses.mean(),
-                1 / (len(weights) * jnp.sum(weights**2)),
-                jnp.zeros(task.groups).at[run.train.group[index]].add(weights),
-            )
-            return State(params, other, opt_state, state.step + 1), record
+            group = run.train.group[index]
+            mass = diagnostics.class_mass(weights, group, task.groups)
+            baseline = optax.tree.get(opt_state, "baseline")
+            scalars = diagnostics.summary(losses, temperature, baseline=baseline)
+            return State(params, other, opt_state, state.step + 1), (mass, scalars)
 
         order_key, augment_key = jax.random.split(
             jax.random.fold_in(jax.random.key(run.seed), number)
@@ -235,12 +254,12 @@ def make_program(
         order = jax.random.permutation(order_key, examples)[: steps * args.batch_size]
         batches = order.reshape(steps, args.batch_size), jax.random.split(augment_key, steps)
         state, records = jax.lax.scan(step, state, batches)
-        mean_loss, effective_size, mass = (r.mean(axis=0) for r in records)
+        mass, scalars = jax.tree.map(lambda r: r.mean(axis=0), records)
 
         label = run.evaluation.label
         hits = logits(state, images, run.evaluation.index).argmax(axis=-1) == label
         sums = [jnp.zeros(task.classes).at[label].add(x) for x in (hits, jnp.ones(len(label)))]
-        return state, History(mean_loss, sums[0] / sums[1], effective_size, mass)
+        return state, History(sums[0] / sums[1], mass, scalars)
 
     def evaluate(state, run, images):
         each = logits(state, images, run.train.index)
@@ -285,8 +304,11 @@ def train(
         if done.exists():
             bar.update(args.epochs)
             with np.load(done) as arrays:
-                *history, losses = (arrays[k] for k in (*History._fields, "losses"))
-            parts.append(Trained(History(*history), losses))
+                fixed = {k: arrays[k] for k in ("accuracy", "mass", "losses")}
+                scalars = {k: arrays[k] for k in arrays if k not in fixed}
+            parts.append(
+                Trained(History(fixed["accuracy"], fixed["mass"], scalars), fixed["losses"])
+            )
             continue
         part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
         part = jax.device_put(part, sharding(args))
@@ -296,10 +318,13 @@ def train(
         if jax.process_index() == 0:
             done.parent.mkdir(exist_ok=True)
             with report.replacing(done) as file:
-                np.savez(file, **trained.history._asdict(), losses=trained.losses)
+                history, losses = trained
+                fixed = {"accuracy": history.accuracy, "mass": history.mass, "losses": losses}
+                np.savez(file, **fixed, **history.scalars)
             shutil.rmtree(checkpoints.directory)
-    history = (np.concatenate(x, axis=1) for x in zip(*(t.history for t in parts), strict=True))
-    return Trained(History(*history), np.concatenate([t.losses for t in parts]))
+    histories, losses = zip(*parts, strict=True)
+    history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *histories)
+    return Trained(history, np.concatenate(losses))
 
 
 def checkpoint_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
@@ -325,10 +350,11 @@ def train_part(
     start = checkpoints.latest_step() or 0
     if start:
         leaves = checkpoints.restore(start, args=ocp.args.StandardRestore())
-        like = jax.eval_shape(program(frozen(start - 1)).init, runs), History(*History._fields)
+        before = program(frozen(start - 1))
+        like = jax.eval_shape(before.epoch, jax.eval_shape(before.init, runs), runs, images, 0)
         state, records = jax.tree.unflatten(jax.tree.structure(like), leaves)
         state = jax.device_put(state, sharding(args))
-        history = [History(*record) for record in zip(*records, strict=True)]
+        history = [jax.tree.map(lambda x, i=i: x[i], records) for i in range(start)]
         bar.update(start)
     else:
         state = program(0).init(runs)
@@ -352,15 +378,16 @@ def train_part(
             *(f(record.accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max)),
         )
         for i, writer in enumerate(writers):
-            for field, of_run in record._asdict().items():
-                for group, value in enumerate(np.ravel(of_run[i])):
-                    tag = f"{field}/{group}" if np.ndim(of_run[i]) else field
-                    writer.add_scalar(tag, value, epoch)
+            for tag, of_run in record.scalars.items():
+                writer.add_scalar(tag, of_run[i], epoch)
+            for field in ("accuracy", "mass"):
+                for group, value in enumerate(getattr(record, field)[i]):
+                    writer.add_scalar(f"{field}/{group}", value, epoch)
         # The first process decides for all.
         due = stop.is_set() or time.monotonic() - saved >= args.checkpoint_every
         stopping, due = broadcast_one_to_all((stop.is_set(), due))
         if due:
-            tree = state, History(*map(np.stack, zip(*history, strict=True)))
+            tree = state, stack(history)
             checkpoints.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
             saved = time.monotonic()
         if stopping:
@@ -369,4 +396,8 @@ def train_part(
         writer.close()
     last = program(frozen(args.epochs - 1))
     losses = jax.device_get(last.evaluate(state, runs, images))
-    return Trained(History(*map(np.stack, zip(*history, strict=True))), losses)
+    return Trained(stack(history), losses)
+
+
+def stack(epochs: list[History]) -> History:
+    return jax.tree.map(lambda *x: np.stack(x), *epochs)

@@ -10,7 +10,16 @@ import optax
 import reference
 from jax import lax
 
-from absgd_jax import absgd, accumulate, attention, get_temperature, losses, pmerge, robust_loss
+from absgd_jax import (
+    absgd,
+    accumulate,
+    attention,
+    get_temperature,
+    losses,
+    pmerge,
+    robust_loss,
+    target_kl,
+)
 
 STEPS, RATE, WEIGHT_DECAY, GAMMA = 50, 0.1, 1e-3, 0.7
 
@@ -27,9 +36,12 @@ def problem(dtype=np.float64):
 
 
 def expected(temperature):
-    """Parameters, log_normalizer and the losses of the steps, of the rows that aren't masked."""
+    """Parameters, λ, log_normalizer and the losses of the steps, of the rows that aren't masked.
+
+    ``temperature`` is λ, or of an automatic one the first λ and the target of KL.
+    """
     params, batches = problem()
-    case = reference.Case(temperature, GAMMA, 1.0, WEIGHT_DECAY, switch=0)
+    lam, radius = temperature if isinstance(temperature, tuple) else (temperature, None)
     momentum, u, values = {k: np.zeros_like(p) for k, p in params.items()}, 0.0, []
     for x, y, where in zip(*batches, strict=True):
         x, y = x[where], y[where]
@@ -38,16 +50,20 @@ def expected(temperature):
         grads, value = dict.fromkeys(params, 0.0), 0.0
         if len(y):
             each, gradient = reference.cross_entropy(params, x, y, log_prior)
+            case = reference.Case(lam, GAMMA, 1.0, WEIGHT_DECAY, switch=0)
             weights, u = reference.weigh(each, u, case, step=0)
-            grads, value = (
-                gradient(weights),
-                temperature * np.log(np.exp(each / temperature).mean()),
-            )
+            grads = gradient(weights)
+            value = lam * np.log(np.exp(each / lam).mean())
+            if radius is not None:
+                shares = weights / weights.sum()
+                kl = np.sum(shares * np.log(len(y) * shares))
+                before, lam = lam, lam * (kl / radius) ** 0.1
+                u **= before / lam  # λ log u is what stays
         for k, p in params.items():
             momentum[k] = reference.MOMENTUM * momentum[k] + grads[k] + WEIGHT_DECAY * p
             params[k] = p - RATE * momentum[k]
         values.append(value)
-    return params, np.log(u), np.array(values)
+    return params, lam, np.log(u), np.array(values)
 
 
 def per_example(params, x, y, where, class_counts=None, *, axis_name=None, out_sharding=None):
@@ -57,44 +73,50 @@ def per_example(params, x, y, where, class_counts=None, *, axis_name=None, out_s
 
 
 def plain(params, temperature, batch, axis_name, **kwargs):
-    """Loss and gradient as for SGD, whose loss is a mean over the axis."""
+    """Loss, losses and gradient as for SGD, whose loss is a mean over the axis."""
 
     def loss_fn(params):
         each = per_example(params, *batch, axis_name=axis_name, **kwargs)
-        return robust_loss(each, temperature, where=batch[2], axis_name=axis_name)
+        return robust_loss(each, temperature, where=batch[2], axis_name=axis_name), each
 
-    loss, grads = jax.value_and_grad(loss_fn)(params)
-    return loss, grads if axis_name is None else lax.pmean(grads, axis_name)
+    (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return loss, each, grads if axis_name is None else lax.pmean(grads, axis_name)
 
 
 def merged(params, temperature, batch, axis_name):
-    """Loss and gradient of every device's part, merged."""
+    """Loss and gradient of every device's part, merged, and the losses of the part."""
 
     def loss_fn(params):
         each = per_example(params, *batch, axis_name=axis_name)
-        return robust_loss(each, temperature, where=batch[2])
+        return robust_loss(each, temperature, where=batch[2]), each
 
-    loss, grads = jax.value_and_grad(loss_fn)(lax.pcast(params, axis_name, to="varying"))
-    return pmerge(loss, grads, temperature, where=batch[2], axis_name=axis_name)
+    varying = lax.pcast(params, axis_name, to="varying")
+    (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(varying)
+    loss, grads = pmerge(loss, grads, temperature, where=batch[2], axis_name=axis_name)
+    return loss, each, grads
 
 
-def number_included(where, axis_name):
-    return where.sum() if axis_name is None else lax.psum(where.sum(), axis_name)
+def as_temperature(temperature):
+    if isinstance(temperature, tuple):
+        init_value, radius = temperature
+        return target_kl(radius, init_value=init_value)
+    return temperature
 
 
 def train(
     params, batches, temperature, *, value_and_grad=plain, axis_name=None, every_k=None, **kwargs
 ):
     """Parameters, state of the attention, and the losses of the calls."""
-    tx = absgd(RATE, temperature, weight_decay=WEIGHT_DECAY, gamma=GAMMA)
+    tx = absgd(RATE, as_temperature(temperature), weight_decay=WEIGHT_DECAY, gamma=GAMMA)
     if every_k is not None:
         tx = accumulate(tx, every_k)
 
     def step(carry, batch):
         params, opt_state = carry
-        loss, grads = value_and_grad(params, get_temperature(opt_state), batch, axis_name, **kwargs)
-        included = number_included(batch[2], axis_name)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss, where=included)
+        temperature = get_temperature(opt_state)
+        loss, each, grads = value_and_grad(params, temperature, batch, axis_name, **kwargs)
+        extra_args = {"where": batch[2], "losses": each, "axis_name": axis_name}
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra_args)
         return (optax.apply_updates(params, updates), opt_state), loss
 
     (params, opt_state), values = lax.scan(step, (params, tx.init(params)), batches)
@@ -104,7 +126,7 @@ def train(
 
 def train_by_weights(params, batches, temperature, *, axis_name=None):
     """As ``train``, by the functional helper."""
-    attend = attention(temperature, gamma=GAMMA)
+    attend = attention(as_temperature(temperature), gamma=GAMMA)
     tx = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(RATE, reference.MOMENTUM))
 
     def step(carry, batch):

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-TEMPERATURE = -1.0
+TEMPERATURE = (-0.3, 0.2)  # automatic
 
 port, process, out = sys.argv[1:]
 process = int(process)
@@ -49,7 +49,11 @@ train = {
 arrays = {}
 for name, f in train.items():
     params_after, state, losses = f(params, batches, TEMPERATURE)
-    results = params_after | {"log_normalizer": state.log_normalizer, "losses": losses}
+    results = params_after | {
+        "temperature": state.temperature,
+        "log_normalizer": state.log_normalizer,
+        "losses": losses,
+    }
     arrays |= {f"{name}/{k}": np.asarray(a) for k, a in results.items()}
 np.savez(out, **arrays)
 

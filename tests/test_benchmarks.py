@@ -66,7 +66,7 @@ def test_longtail(tmp_path):
     assert config["finished"]
     assert "python -m benchmarks.longtail" in config["command"]
     assert list(results) == ["ldam_drw SGD", "ldam_drw ABSGD"]
-    assert [r["stages"] for r in results.values()] == [[], [[0, 20]]]
+    assert [r["stages"] for r in results.values()] == [[], [[0, 20, 1]]]
     table = (out / "table.md").read_text()
     assert table in done.stdout_text
     for name, r in results.items():
@@ -77,12 +77,12 @@ def test_longtail(tmp_path):
         assert r["diverged"] == 0
         final, curve = np.array(r["class_accuracy"]), np.array(r["accuracy"])
         assert final.shape == (2, 10)
-        assert curve.shape == np.shape(r["effective_size"]) == (2, 6)
+        assert curve.shape == np.shape(r["effective_sample_size"]) == (2, 6)
         np.testing.assert_allclose(final.mean(axis=1), curve[:, -1], rtol=1e-5)
         parts = (final, final[:, :3], final[:, 3:7], final[:, 7:])
         cells = [mean_std(part.mean(axis=1)) for part in parts] + [mean_std(final.min(axis=1))]
         λ = "20" if "ABSGD" in name else "∞"
-        size = f"{np.mean(r['effective_size'], axis=0)[-1]:.2f}"
+        size = f"{np.mean(r['effective_sample_size'], axis=0)[-1]:.2f}"
         row = [name.split()[0], λ, "0.1", *cells, size, "0 of 2"]
         assert re.search(r" *\| ".join(map(re.escape, row)), table)
         np.testing.assert_allclose(np.sum(r["mass"], axis=1), 1, rtol=1e-4)
@@ -91,7 +91,7 @@ def test_longtail(tmp_path):
     sgd, absgd = (np.mean(r["mass"], axis=0) for r in results.values())
     assert np.all(np.diff(sgd) < 0)
     assert np.all(absgd[-3:] > sgd[-3:])
-    assert set(pictures(out)) == {"curves.png", "classes.png", "mass.png"}
+    assert set(pictures(out)) == {*("curves.png", "classes.png", "mass.png", "temperature.png")}
     assert min(pictures(out).values()) > 0.05
     assert "ldam_drw-final-0, epoch 6 of 6" in (out / "log.txt").read_text()
 
@@ -131,7 +131,7 @@ def test_noise(tmp_path):
     assert np.array(absgd["mass"])[-1, 1] < 0.2
     assert np.mean(absgd["class_accuracy"]) > np.mean(sgd["class_accuracy"]) + 5
     assert min(absgd["auroc"] + sgd["auroc"]) > 90
-    assert set(pictures(tmp_path)) == {"curves.png", "mass.png"}
+    assert set(pictures(tmp_path)) == {"curves.png", "mass.png", "temperature.png"}
     assert min(pictures(tmp_path).values()) > 0.05
 
 

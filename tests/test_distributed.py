@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from absgd_jax import absgd, pmerge, robust_loss
 
 DEVICES = 8
-TEMPERATURES = (0.5, -1.0)
+TEMPERATURES = (0.5, -1.0, (1.0, 0.1), (-0.3, 0.2))  # the latter two: automatic ones
 EXPECTED = {temperature: layouts.expected(temperature) for temperature in TEMPERATURES}
 TRAIN = {
     "loss": layouts.train,
@@ -42,13 +42,14 @@ def check(train, precision, place=lambda params, batches: (params, batches)):
     dtype, tolerance = precision
     for temperature in TEMPERATURES:
         placed = place(*layouts.problem(dtype))
-        params, state, losses = train(*placed, jnp.asarray(temperature, dtype))
-        expected_params, expected_normalizer, expected_losses = EXPECTED[temperature]
+        params, state, losses = train(*placed, jax.tree.map(dtype, temperature))
+        expected_params, lam, log_normalizer, expected_losses = EXPECTED[temperature]
         for k, expected in expected_params.items():
             np.testing.assert_allclose(
                 params[k], expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=k
             )
-        np.testing.assert_allclose(state.log_normalizer, expected_normalizer, rtol=tolerance)
+        np.testing.assert_allclose(state.temperature, lam, rtol=tolerance)
+        np.testing.assert_allclose(state.log_normalizer, log_normalizer, rtol=tolerance)
         if losses is not None:
             np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
         # Replicas have the same bits on every device.
@@ -188,8 +189,9 @@ class TestTwoProcesses:
     @pytest.mark.parametrize("form", ["jit", "shard_map"])
     def test_are_one(self, form, two_processes):
         results, _ = two_processes
-        params, log_normalizer, losses = EXPECTED[-1.0]
-        expected = params | {"log_normalizer": log_normalizer, "losses": losses}
+        names = ("temperature", "log_normalizer", "losses")
+        params, *others = EXPECTED[TEMPERATURES[-1]]
+        expected = params | dict(zip(names, others, strict=True))
         for k, e in expected.items():
             first, second = (result[f"{form}/{k}"] for result in results)
             np.testing.assert_array_equal(first, second)

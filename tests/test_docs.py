@@ -13,7 +13,7 @@ import pytest
 import absgd_jax
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
-PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.data]
+PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.data, absgd_jax.diagnostics]
 MODULES = [m.name for m in pkgutil.walk_packages(absgd_jax.__path__, "absgd_jax.")]
 
 
@@ -28,7 +28,7 @@ def test_docstrings(module):
 
 def test_every_public_function_has_an_example():
     functions = [f for module in PUBLIC for f in vars(module).values() if inspect.isfunction(f)]
-    assert len(functions) == 8 + 10 + 5
+    assert len(functions) == 10 + 10 + 5 + 5
     for function in functions:
         assert ">>> " in function.__doc__, function.__name__
 

@@ -55,7 +55,7 @@ def fit(tmp_path, digits, runs, **options):
         return training.train(args, "fit", task, runs, bar)
 
 
-def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(0,)):
+def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(0,), ess=None):
     train, test = digits
     index = np.arange(200, dtype=np.int32)
     evaluated = np.arange(100, dtype=np.int32)
@@ -63,11 +63,21 @@ def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(
     return training.Run(
         np.int32(seed),
         np.float32(learning_rate),
+        np.float32(DEFAULTS["gamma"]),
         np.float32(temperatures),
+        np.ones(len(temperatures), np.float32) if ess is None else np.float32(ess),
         np.int32(starts),
         training.Examples(index, labels, labels % 2),
         training.Examples(evaluated + len(train.labels), test.labels[:100], test.labels[:100]),
     )
+
+
+def stage(run, step, steps):
+    """λ and the effective sample size."""
+    started = np.flatnonzero(step >= run.starts * steps)
+    if not started.size:
+        return np.inf, 1.0
+    return run.temperatures[started[-1]], np.float64(run.ess[started[-1]])
 
 
 def numpy_run(digits, run, args):
@@ -77,7 +87,7 @@ def numpy_run(digits, run, args):
     pixels, tested = (((s.images - mean) / std).reshape(-1, 64) for s in (train, test))
     model = models.make_model("linear", (8, 8, 1), 10, rngs=nnx.Rngs(jax.random.key(run.seed)))
     w = np.float64(model.head.kernel[...]), np.float64(model.head.bias[...])
-    m, baseline = [0.0, 0.0], None
+    m, baseline, tuned = [0.0, 0.0], None, np.inf
     steps, size = 200 // args["batch_size"], args["batch_size"]
     history, count = [], 0
     for epoch in range(args["epochs"]):
@@ -92,8 +102,10 @@ def numpy_run(digits, run, args):
             p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
             factor = 2 if count >= round(args["second_stage"] * args["epochs"]) * steps else 1
             losses = -factor * np.log(p[np.arange(size), y])
-            started = np.flatnonzero(count >= run.starts * steps)
-            lam = run.temperatures[started[-1]] if started.size else np.inf
+            (lam, ess), (_, next_ess) = stage(run, count, steps), stage(run, count + 1, steps)
+            damping = 1.0
+            if ess < 1:
+                lam = np.copysign(tuned, lam)
             if np.isinf(lam):
                 weights = shares = np.full(size, 1 / size)
             else:
@@ -103,7 +115,17 @@ def numpy_run(digits, run, args):
                 baseline = lam * np.log(u)
                 weights = np.exp(losses / lam) / (size * u)
                 shares = weights / weights.sum()
-            grad_z = factor * weights[:, None] * (p - np.eye(10)[y])
+                chi2 = size * np.sum(shares**2) - 1
+                if ess < 1 and lam > 0:
+                    damping = 1 + 2 * np.sqrt(chi2)
+            if next_ess < 1:
+                target = 1 / next_ess - 1
+                if np.isinf(lam):
+                    # Where a normal distribution of the losses would be on target.
+                    tuned = np.sqrt(losses.var() / target)
+                else:
+                    tuned = abs(lam) * (chi2 / target) ** 0.1
+            grad_z = factor / damping * weights[:, None] * (p - np.eye(10)[y])
             grads = x.T @ grad_z, grad_z.sum(axis=0)
             m = [
                 args["momentum"] * mi + g + args["weight_decay"] * wi
@@ -129,11 +151,15 @@ def test_training_is_the_published_algorithm(tmp_path, digits):
         make_run(digits, 1, 0.05, temperatures=(5.0,)),
         make_run(digits, 2, 0.02, temperatures=(8.0, 3.0), starts=(1, 2)),
         make_run(digits, 3, 0.05, temperatures=(-4.0,), starts=(1,)),
+        make_run(digits, 4, 0.05, ess=(0.6,)),
+        make_run(digits, 5, 0.05, temperatures=(-np.inf,), starts=(1,), ess=(0.8,)),
+        make_run(digits, 6, 0.05, temperatures=(3.0, np.inf), starts=(0, 2), ess=(1.0, 0.7)),
     ]
     # As comparison.make_run does.
     runs = [
         run._replace(
             temperatures=np.float32([*[np.inf] * (2 - len(run.starts)), *run.temperatures]),
+            ess=np.float32([*[1.0] * (2 - len(run.starts)), *run.ess]),
             starts=np.int32([*[0] * (2 - len(run.starts)), *run.starts]),
         )
         for run in runs
@@ -142,8 +168,9 @@ def test_training_is_the_published_algorithm(tmp_path, digits):
     for i, run in enumerate(runs):
         history, losses = numpy_run(digits, run, DEFAULTS)
         found = jax.tree.map(lambda x, i=i: x[:, i], trained.history)
-        np.testing.assert_allclose(found.loss, history[:, 0], rtol=1e-4)
-        np.testing.assert_allclose(found.effective_size, history[:, 1], rtol=1e-4)
+        scalars = found.scalars
+        np.testing.assert_allclose(scalars["mean_loss"], history[:, 0], rtol=1e-4)
+        np.testing.assert_allclose(scalars["effective_sample_size"], history[:, 1], rtol=1e-4)
         np.testing.assert_allclose(found.mass, history[:, 2:4], rtol=1e-4)
         np.testing.assert_allclose(found.accuracy, history[:, 4:], atol=1e-6)
         np.testing.assert_allclose(trained.losses[i], losses, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,182 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from absgd_jax import absgd, attention, diagnostics, get_temperature, robust_loss
+from absgd_jax.diagnostics import (
+    class_mass,
+    effective_sample_size,
+    kl_divergence,
+    largest_weight,
+    summary,
+)
+
+RNG = np.random.default_rng(0)
+LOSSES = RNG.exponential(size=(16, 4)).astype(np.float32)
+LABELS = RNG.integers(0, 3, size=(16, 4))
+WHERE = RNG.random((16, 4)) > 0.4
+WHERE[:2] = False  # a device's part
+BASELINE = 0.7
+
+
+def expected(losses, labels, lam):
+    """In float64, of the entries that aren't masked out."""
+    losses = np.float64(losses)
+    p = np.exp(losses / lam) / np.exp(losses / lam).sum()
+    loss = losses.mean() if np.isinf(lam) else lam * np.log(np.exp(losses / lam).mean())
+    finite = np.isfinite(lam)
+    return {
+        "mean_loss": losses.mean(),
+        "robust_loss": loss,
+        "temperature": lam,
+        "effective_sample_size": 1 / (p.size * np.sum(p**2)),
+        "largest_weight": p.max(),
+        "kl_divergence": np.sum(p * np.log(p.size * p)),
+        "log_normalizer": BASELINE / lam if finite else 0.0,
+        "log_normalizer_drift": (loss - BASELINE) / lam if finite else 0.0,
+    } | {f"class_mass/{c}": p[labels == c].sum() for c in range(3)}
+
+
+def check(actual, lam, where=None):
+    kept = slice(None) if where is None else where
+    wanted = expected(LOSSES[kept], LABELS[kept], lam)
+    assert actual.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert actual[name].shape == ()
+        np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+summarize = functools.partial(summary, baseline=BASELINE, num_classes=3)
+
+
+@pytest.mark.parametrize("lam", [0.3, 2.0, -0.3, np.inf])
+class TestSummary:
+    def test_values(self, lam):
+        check(jax.jit(summarize)(LOSSES, lam, labels=LABELS), lam)
+
+    def test_mask(self, lam):
+        poisoned = np.where(WHERE, LOSSES, np.nan)
+        labels = np.where(WHERE, LABELS, 255)
+        check(jax.jit(summarize)(poisoned, lam, labels=labels, where=WHERE), lam, WHERE)
+
+    @pytest.mark.parametrize("axis_type", list(AxisType)[:2])
+    def test_sharded_arrays(self, lam, axis_type):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
+        with jax.set_mesh(mesh):
+            spread = [
+                jax.device_put(x, NamedSharding(mesh, P("data"))) for x in (LOSSES, LABELS, WHERE)
+            ]
+            losses, labels, where = spread
+            check(jax.jit(summarize)(losses, lam, labels=labels, where=where), lam, WHERE)
+
+    @pytest.mark.parametrize("check_vma", [True, False])
+    def test_shard_map(self, lam, check_vma):
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+        @jax.jit
+        @functools.partial(
+            jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P(), check_vma=check_vma
+        )
+        def spread(losses, labels, where):
+            return summarize(losses, lam, labels=labels, where=where, axis_name="data")
+
+        check(spread(LOSSES, LABELS, WHERE), lam, WHERE)
+
+
+class TestWeights:
+    def test_of_any_scale(self):
+        weights = jax.grad(robust_loss)(LOSSES, 0.5)
+        for f in (effective_sample_size, largest_weight, kl_divergence):
+            np.testing.assert_allclose(f(1e-6 * weights), f(weights), rtol=1e-5)
+            np.testing.assert_allclose(f(1e6 * weights), f(weights), rtol=1e-5)
+
+    def test_of_attention(self):
+        attend = attention(0.5)
+        weights, _ = attend.update(LOSSES, attend.init())
+        wanted = expected(LOSSES, LABELS, 0.5)
+        assert effective_sample_size(weights) == pytest.approx(
+            wanted["effective_sample_size"], rel=1e-5
+        )
+        np.testing.assert_allclose(
+            class_mass(weights, LABELS, 3), [wanted[f"class_mass/{c}"] for c in range(3)], rtol=1e-5
+        )
+
+    @pytest.mark.parametrize("n", [1, 2, 1000])
+    def test_extremes(self, n):
+        one = np.zeros(n, np.float32)
+        one[0] = 7.0
+        same = np.full(n, 7.0, np.float32)
+        assert effective_sample_size(one) == pytest.approx(1 / n)
+        assert effective_sample_size(same) == pytest.approx(1.0)
+        assert largest_weight(one) == 1.0
+        assert largest_weight(same) == pytest.approx(1 / n)
+        assert kl_divergence(one) == pytest.approx(np.log(n), abs=1e-6)
+        assert 0 <= kl_divergence(same) < 1e-6
+
+    def test_masked_whole(self):
+        where = np.zeros_like(WHERE)
+        scalars = summarize(np.full_like(LOSSES, np.nan), 0.5, labels=LABELS, where=where)
+        assert {k for k, x in scalars.items() if x != 0} == {
+            *("temperature", "log_normalizer", "log_normalizer_drift")
+        }
+
+    def test_labels_of_no_class(self):
+        mass = class_mass(jnp.ones(4), jnp.array([0, -1, 3, 2]), 3)
+        np.testing.assert_array_equal(mass, [0.25, 0, 0.25])
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_dtypes(self, dtype):
+        scalars = summarize(LOSSES.astype(dtype), 0.5, labels=LABELS)
+        assert {x.dtype for x in scalars.values()} == {jnp.dtype("float32")}
+
+
+def test_inside_a_step():
+    """Beside the update, of the state that it is about to change."""
+    tx = absgd(0.1, 0.5)
+
+    @jax.jit
+    def step(opt_state, losses):
+        temperature = get_temperature(opt_state)
+        baseline = optax.tree.get(opt_state, "baseline")
+        scalars = diagnostics.summary(losses, temperature, baseline=baseline)
+        value = robust_loss(losses, temperature)
+        _, opt_state = tx.update(jnp.ones(3), opt_state, value=value)
+        return opt_state, scalars
+
+    opt_state = tx.init(jnp.ones(3))
+    opt_state, scalars = step(opt_state, LOSSES)
+    assert scalars["log_normalizer"] == scalars["log_normalizer_drift"] == 0  # none so far
+    _, scalars = step(opt_state, LOSSES)  # u is 0.9 of the batch's mean, which has not changed
+    np.testing.assert_allclose(scalars["log_normalizer_drift"], -np.log(0.9), rtol=1e-5)
+    log_mean = 2 * scalars["robust_loss"]
+    np.testing.assert_allclose(scalars["log_normalizer"], log_mean + np.log(0.9), rtol=1e-5)
+    assert "class_mass/0" not in scalars
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("f", [effective_sample_size, largest_weight, kl_divergence])
+    def test_weights(self, f):
+        with pytest.raises(TypeError, match="weights must be floating point, got int32"):
+            f(jnp.ones(3, jnp.int32))
+        with pytest.raises(ValueError, match="weights must hold one entry an example"):
+            f(jnp.float32(1.0))
+        with pytest.raises(ValueError, match=r"where must have the shape of weights, \(3,\)"):
+            f(jnp.ones(3), where=jnp.ones(2, bool))
+
+    def test_labels(self):
+        with pytest.raises(TypeError, match="labels must be integers, got float32"):
+            class_mass(jnp.ones(3), jnp.ones(3), 2)
+        with pytest.raises(ValueError, match=r"labels must have the shape of weights, \(3,\)"):
+            class_mass(jnp.ones(3), jnp.zeros(2, int), 2)
+        with pytest.raises(TypeError, match="num_classes is missing"):
+            summary(LOSSES, 1.0, labels=LABELS)
+
+    def test_temperature(self):
+        with pytest.raises(ValueError, match="temperature must be neither 0 nor NaN, got 0"):
+            summary(LOSSES, 0)
