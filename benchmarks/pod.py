@@ -7,6 +7,7 @@ The batch is spread over all devices, and the parameters are on every one. Of th
     sgd         has the mean loss, and lax.pmean(grads);
     axis_name   has robust_loss(losses, λ, axis_name=...), whose gradients arrive summed;
     pmerge      has robust_loss(losses, λ) of the device's own part, and pmerge(loss, grads, ...);
+    automatic   has these, and a λ that tunes itself;
     jit         has robust_loss(losses, λ) of global arrays, and no shard_map: what the batch
                 normalisation of a ResNet averages over is then the global batch, too.
 
@@ -34,11 +35,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from absgd_jax import absgd, get_temperature, pmerge, robust_loss
+from absgd_jax import absgd, get_temperature, pmerge, robust_loss, target_ess
 from benchmarks import models, report
 
 IMAGE_SHAPES = {"mlp": (28, 28, 1), "resnet32": (32, 32, 3)}
-STEPS = ("sgd", "axis_name", "pmerge", "jit")
+STEPS = ("sgd", "axis_name", "pmerge", "automatic", "jit")
 AXIS, CLASSES, TEMPERATURE = "device", 10, 5.0
 COLLECTIVES = {
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
@@ -103,7 +104,11 @@ def make_step(model: str, form: str, mesh: Mesh, rows: int) -> tuple[Any, tuple[
         nnx.Param,
         ...,
     )
-    tx = optax.sgd(0.1, 0.9) if form == "sgd" else absgd(0.1, TEMPERATURE)
+    if form == "sgd":
+        tx = optax.sgd(0.1, 0.9)
+    else:
+        tx = absgd(0.1, target_ess(0.5) if form == "automatic" else TEMPERATURE)
+    merges = form in ("pmerge", "automatic")
 
     def step(params, other, opt_state, images, labels):
         temperature = None if form == "sgd" else get_temperature(opt_state)
@@ -113,21 +118,23 @@ def make_step(model: str, form: str, mesh: Mesh, rows: int) -> tuple[Any, tuple[
             losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
             _, _, new = nnx.split(model, nnx.Param, ...)
             if form == "sgd":
-                return losses.mean(), new
+                return losses.mean(), (losses, new)
             axis_name = AXIS if form == "axis_name" else None
-            return robust_loss(losses, temperature, axis_name=axis_name), new
+            return robust_loss(losses, temperature, axis_name=axis_name), (losses, new)
 
         # The parts' own gradients, which a collective then brings together.
-        local = lax.pcast(params, AXIS, to="varying") if form in ("sgd", "pmerge") else params
-        (loss, other), grads = jax.value_and_grad(loss_fn, has_aux=True)(local)
+        local = lax.pcast(params, AXIS, to="varying") if form == "sgd" or merges else params
+        (loss, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(local)
         if form == "sgd":
             grads = lax.pmean(grads, AXIS)
-        elif form == "pmerge":
+        elif merges:
             loss, grads = pmerge(loss, grads, temperature, axis_name=AXIS)
         if form != "jit":
             other = lax.pmean(other, AXIS)
-        value = {} if form == "sgd" else {"value": loss}
-        updates, opt_state = tx.update(grads, opt_state, params, **value)
+        extra_args = {} if form == "sgd" else {"value": loss}
+        if form == "automatic":
+            extra_args |= {"losses": losses, "axis_name": AXIS}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         return optax.apply_updates(params, updates), other, opt_state
 
     one, spread = P(), P(AXIS)
