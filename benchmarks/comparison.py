@@ -31,10 +31,11 @@ SEARCH_SEED = 1000  # the first seed of the search; those that are reported star
 
 
 class Setting(NamedTuple):
-    """What a search chooses; no stages, or an infinite λ, is plain SGD."""
+    """What a search chooses from; no stages, or an infinite λ, is plain SGD."""
 
     stages: Stages
     learning_rate: float
+    gamma: float = 0.9
 
     def __str__(self) -> str:
         return ", ".join(map(str, self.stages)) or "∞"
@@ -119,26 +120,11 @@ def compare(
     """
 
     def fit(phase: str, settings: list[Setting], seeds: range) -> list[Trained]:
-        examples = [source.examples(seed, phase == "search") for seed in seeds]
-        counts = class_counts(examples[0][0].label, source.classes)
-        task = Task(
-            source.images,
-            lambda logits, labels, late: loss(logits, labels, counts, late),
-            source.classes,
-            source.groups,
-            normalized,
+        task, runs = prepare(
+            args, loss, source, settings, seeds, search=phase == "search", normalized=normalized
         )
-        runs = [
-            make_run(args, setting, seed, *pair)
-            for setting in settings
-            for seed, pair in zip(seeds, examples, strict=True)
-        ]
         trained = training.train(args, f"{name}-{phase}", task, runs, bar)
-        rows = [slice(i * len(seeds), (i + 1) * len(seeds)) for i in range(len(settings))]
-        return [
-            Trained(jax.tree.map(lambda x, r=r: x[:, r], trained.history), trained.losses[r])
-            for r in rows
-        ]
+        return by_setting(trained, settings, seeds)
 
     grids = search_grids(args)
     if any(len(grid) > 1 for grid in grids):
@@ -153,6 +139,43 @@ def compare(
     return [Result(name, *parts) for parts in zip(chosen, grids, final, strict=True)]
 
 
+def prepare(
+    args: argparse.Namespace,
+    loss: Callable[..., jax.Array],
+    source: Source,
+    settings: list[Setting],
+    seeds: range,
+    *,
+    search: bool,
+    normalized: bool,
+) -> tuple[Task, list[Run]]:
+    """The task, and its runs: each setting with each seed."""
+    examples = [source.examples(seed, search) for seed in seeds]
+    counts = class_counts(examples[0][0].label, source.classes)
+    task = Task(
+        source.images,
+        lambda logits, labels, late: loss(logits, labels, counts, late),
+        source.classes,
+        source.groups,
+        normalized,
+    )
+    runs = [
+        make_run(args, setting, seed, *pair)
+        for setting in settings
+        for seed, pair in zip(seeds, examples, strict=True)
+    ]
+    return task, runs
+
+
+def by_setting(trained: Trained, settings: list[Setting], seeds: range) -> list[Trained]:
+    """The runs of each setting, in the order of ``prepare``."""
+    rows = [slice(i * len(seeds), (i + 1) * len(seeds)) for i in range(len(settings))]
+    return [
+        Trained(jax.tree.map(lambda x, r=r: x[:, r], trained.history), trained.losses[r])
+        for r in rows
+    ]
+
+
 def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
     """The images of both splits, those of the training split first."""
     pixels = np.concatenate([train.images, test.images])
@@ -165,12 +188,11 @@ def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
 
 
 @contextlib.contextmanager
-def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
-    """A bar over the epochs of all comparisons; afterwards the run is marked as finished."""
-    grids = search_grids(args)
-    sizes = [len(grids) * args.seeds]
-    if max(map(len, grids)) > 1:
-        sizes.append(sum(map(len, grids)) * args.search_seeds)
+def progress(args: argparse.Namespace, tasks: int, sizes: list[int]) -> Iterator[tqdm]:
+    """A bar over all epochs; afterwards the run is marked as finished.
+
+    For each of the tasks, ``sizes`` are how many runs are trained one after the other.
+    """
     epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
 
     def interrupt(*_: Any) -> None:
@@ -180,8 +202,8 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
 
     before = signal.signal(signal.SIGINT, interrupt)
     try:
-        total, hidden = comparisons * epochs, jax.process_index() > 0
-        with tqdm(total=total, unit="epoch", disable=hidden) as bar:
+        hidden = jax.process_index() > 0
+        with tqdm(total=tasks * epochs, unit="epoch", disable=hidden) as bar:
             yield bar
     except KeyboardInterrupt:
         print(
@@ -196,12 +218,21 @@ def progress(args: argparse.Namespace, comparisons: int) -> Iterator[tqdm]:
         print((args.out / "table.md").read_text())
 
 
+def sizes(args: argparse.Namespace) -> list[int]:
+    """How many runs a comparison has, in its two phases."""
+    grids = search_grids(args)
+    final = [len(grids) * args.seeds]
+    if max(map(len, grids)) > 1:
+        return [sum(map(len, grids)) * args.search_seeds, *final]
+    return final
+
+
 def search_grids(args: argparse.Namespace) -> list[list[Setting]]:
     """The settings of SGD, those of ABSGD, and those of its automatic λ."""
     fixed = [stages for stages in args.temperatures if not options.is_automatic(stages)]
     automatic = [stages for stages in args.temperatures if options.is_automatic(stages)]
     return [
-        [Setting(stages, rate) for stages in grid for rate in args.learning_rates]
+        [Setting(stages, rate, args.gamma) for stages in grid for rate in args.learning_rates]
         for grid in ([()], fixed, automatic)
         if grid
     ]
@@ -218,7 +249,7 @@ def make_run(
     return Run(
         seed=np.int32(seed),
         learning_rate=np.float32(setting.learning_rate),
-        gamma=np.float32(args.gamma),
+        gamma=np.float32(setting.gamma),
         temperatures=np.float32(temperatures),
         ess=np.float32(ess),
         starts=np.int32([round(s * args.epochs) for s in starts]),

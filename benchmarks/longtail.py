@@ -153,7 +153,7 @@ def main() -> None:
     )
     comparison.begin(parser, args, source)
     results = []
-    with comparison.progress(args, len(args.methods)) as bar:
+    with comparison.progress(args, len(args.methods), comparison.sizes(args)) as bar:
         for name in args.methods:
             results += comparison.compare(
                 args,

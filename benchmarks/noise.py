@@ -151,7 +151,8 @@ def main() -> None:
         sources[noise] = comparison.Source(images, classes, 2, examples)
     comparison.begin(parser, args, sources[args.noise[0]])
     results = {}
-    with comparison.progress(args, len(args.noise) * len(args.methods)) as bar:
+    tasks = len(args.noise) * len(args.methods)
+    with comparison.progress(args, tasks, comparison.sizes(args)) as bar:
         for (kind, rate), source in sources.items():
             for name in args.methods:
                 label = f"{kind}-{rate:g}-{name}"

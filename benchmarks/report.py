@@ -91,8 +91,11 @@ def save(path: pathlib.Path, content: dict[str, Any]) -> None:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def write(args: argparse.Namespace, results: dict[str, Any], rows: list[tuple[str, ...]]) -> None:
-    """Writes results.json, and table.md with the command that made it."""
+def write(
+    args: argparse.Namespace, results: dict[str, Any], rows: list[tuple[str, ...]], note: str = ""
+) -> None:
+    """Writes results.json, and table.md with the command that made it and a note below."""
     save(args.out / "results.json", results)
+    parts = [f"`{describe(args)['command']}`", markdown(rows), *([note] if note else [])]
     with replacing(args.out / "table.md") as file:
-        file.write(f"`{describe(args)['command']}`\n\n{markdown(rows)}\n".encode())
+        file.write(("\n\n".join(parts) + "\n").encode())
