@@ -148,7 +148,8 @@ def attention(
         rest of it is cut. One enormous loss otherwise silences the batches after it until the
         average has forgotten it: hundreds of steps at ``gamma=0.1``, under ten with ``max_jump=3``.
         Off by default, as in the published algorithm: at a small λ ordinary batches differ by
-        more than any fixed bound. It should exceed ``-log(gamma)``, where training starts.
+        more than any fixed bound. An automatic temperature knows no such λ, and has 3 by default;
+        ``jnp.inf`` turns that off. It should exceed ``-log(gamma)``, where training starts.
 
     Returns:
       An :class:`Attention` pair ``(init, update)``: ``init() -> state`` and
@@ -234,6 +235,8 @@ def moving_baseline(
         )
     if is_concrete(alpha) and not 0 < alpha < np.inf:
         raise ValueError(f"alpha must be positive and finite, got {alpha}.")
+    if max_jump is None and isinstance(temperature, AutomaticTemperature):
+        max_jump = 3.0
     if max_jump is not None and is_concrete(max_jump) and not max_jump > 0:
         raise ValueError(
             f"max_jump must be positive, got {max_jump}; None leaves the average unbounded."

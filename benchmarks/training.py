@@ -26,7 +26,7 @@ from benchmarks import models, report
 log = logging.getLogger("benchmarks")
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
-DAMPING = target_ess().damping  # of an automatic λ
+DAMPING, MAX_JUMP = 2.0, 3.0  # as an automatic λ has them
 
 # Per-example losses [B] of logits z [B, C] and labels y; `late` says whether the second stage of
 # training has begun.
@@ -197,6 +197,7 @@ def make_program(
         tx = absgd(
             lambda count: run.learning_rate * rate(first + count),
             target_ess(after, damping=jnp.where(now < 1, DAMPING, 0.0)),
+            max_jump=jnp.where(now < 1, MAX_JUMP, jnp.inf),
             momentum=args.momentum,
             weight_decay=args.weight_decay,
             gamma=run.gamma,

@@ -289,15 +289,31 @@ class TestAttention:
         losses[3] = poison
         _, after = attend.update(losses, state)
         chex.assert_trees_all_equal(after._replace(count=state.count), state)
+        # The published average never comes back from it.
+        u = 1.0
+        with np.errstate(invalid="ignore"):
+            for batch in (losses, *self.BATCHES):
+                _, u = weigh(batch, u, Case(0.5, 0.9, 1.0, 0.0, 0), 0)
+        assert not np.isfinite(u)
 
-    @pytest.mark.parametrize(("before", "after"), [(5.0, 0.5), (0.5, 5.0), (-1.0, 2.0)])
-    def test_baseline_outlives_a_change_of_temperature(self, before, after):
+    @pytest.mark.parametrize(
+        ("before", "after", "published_steps"), [(5.0, 0.5, 6), (0.5, 5.0, 51), (-1.0, 2.0, 6)]
+    )
+    def test_baseline_outlives_a_change_of_temperature(self, before, after, published_steps):
         # Of constant losses V is the loss itself, whatever λ: no weight may stray from 1 / n.
-        losses = np.full((40, 8), 3.0, np.float32)
-        _, state = run(attention(before, gamma=0.1), np.repeat(losses, 5, axis=0))
+        losses = np.full((200, 8), 3.0, np.float32)
+        _, state = run(attention(before, gamma=0.1), losses)
         state = state._replace(temperature=jnp.float32(after))
         weights, _ = attention(after, gamma=0.1).update(losses[0], state)
         np.testing.assert_allclose(weights, 1 / 8, rtol=1e-5)
+
+        # The published average is carried as it is. How long until the weights' sum is within a
+        # factor of 2 of 1?
+        u, sums = np.exp(3.0 / before), []
+        for batch in losses.astype(np.float64):
+            weights, u = weigh(batch, u, Case(after, 0.1, 1.0, 0.0, 0), 0)
+            sums.append(weights.sum())
+        assert np.argmax(np.abs(np.log(sums)) < np.log(2)) == published_steps
 
     def test_one_enormous_loss(self):
         rng = np.random.default_rng(3)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import comparison, longtail, noise
+from benchmarks import comparison, longtail, noise, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 CACHE = {
@@ -109,6 +109,55 @@ def test_longtail(tmp_path):
     )
 
 
+def test_automatic_temperature(tmp_path):
+    """It has results of its own, beside those of the best λ that was given."""
+    options = f"{SMALL} --epochs 4 --learning-rates 0.1 --temperatures 1e6 0.5:ess0.5 --methods arb"
+    done = run("benchmarks.longtail", *options.split(), "--out", tmp_path)
+    assert done.returncode == 0, done.stderr_text
+    sgd, absgd, automatic = load(tmp_path).values()
+    assert list(load(tmp_path)) == ["arb SGD", "arb ABSGD", "arb ABSGD, automatic"]
+    np.testing.assert_allclose(absgd["class_accuracy"], sgd["class_accuracy"], atol=3)
+    # Plain SGD until half the epochs are over.
+    assert automatic["stages"] == [[0.5, None, 0.5]]
+    lam, ess = (np.array(automatic[k], float) for k in ("temperature", "effective_sample_size"))
+    assert np.all(np.isnan(lam[:, :2]))
+    assert np.all(lam[:, 2:] > 0)
+    np.testing.assert_allclose(ess[:, :2], 1, rtol=1e-5)
+    np.testing.assert_allclose(ess[:, 2:].mean(), 0.5, atol=0.1)
+    assert "| ess0.5 from 0.5 |" in (tmp_path / "table.md").read_text()
+    assert set(pictures(tmp_path)) >= {"mass.png", "temperature.png"}
+    assert min(pictures(tmp_path).values()) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        ("--methods cross_entropy arb --temperatures 5 ess0.5 --gammas 0.9 0.1", 2),
+        ("--methods gce --noise symmetric:0.4 --temperatures -1 ess-0.6 --timed 0", 1),
+    ],
+)
+def test_sweep(tmp_path, options, groups):
+    """Every λ, rate, γ and seed of a loss is trained at once."""
+    small = "--model linear --epochs 3 --seeds 2 --batch-size 64 --learning-rates 0.1 1e6"
+    done = run("benchmarks.sweep", *small.split(), *options.split(), "--out", tmp_path)
+    assert done.returncode == 0, done.stderr_text
+    table, results = (tmp_path / "table.md").read_text(), load(tmp_path)
+    assert table in done.stdout_text
+    assert ("16 runs at once takes" in table) == ("times" in results) == (groups == 2)
+    results.pop("times", None)
+    gammas = 2 if "gammas" in options else 1
+    assert len(results) == groups * 2 * (1 + 2 * gammas)
+    lines = [line.split("|")[1:-1] for line in table.splitlines() if "±" in line]
+    assert len(lines) == groups * 3
+    for name, r in results.items():
+        assert r["diverged"] == sum(np.array(r["accuracy"]) < 20)
+        loss, setting = name.split(", rate ")[0].split(" ", 1)
+        (line,) = (x for x in lines if x[0].strip() == loss and x[1].strip() == setting)
+        assert any(cell.strip() == mean_std(r["accuracy"]) for cell in line[2:-1])
+    assert pictures(tmp_path)["heatmap.png"] > 0.05
+    assert len(list((tmp_path / "runs").iterdir())) == groups  # one program each
+
+
 def test_choice():
     """The best on the rare classes, where that costs little enough."""
     scores = {0.1: [0.9, 0.9, 0.5], 0.2: [0.9, 0.8, 0.59], 0.3: [0.9, 0.4, 0.95]}
@@ -137,7 +186,7 @@ def test_noise(tmp_path):
 
 def test_killed_and_resumed(tmp_path):
     """However often it is killed, the results are those of the run that wasn't, to the bit."""
-    options = f"{SMALL} --epochs 12 --learning-rates 0.1 0.03 --temperatures 5 --at-once 3"
+    options = f"{SMALL} --epochs 12 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 3"
     options = [*options.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
     options += ["--checkpoint-every", "0"]
     whole, out = tmp_path / "whole", tmp_path / "killed"
@@ -207,7 +256,7 @@ def test_two_processes(tmp_path):
     assert load(two, "config")["machine"]["devices"] == ["cpu", "cpu"]
     for name, expected in load(one).items():
         found = load(two)[name]
-        np.testing.assert_allclose(found["training_loss"], expected["training_loss"], rtol=1e-4)
+        np.testing.assert_allclose(found["mean_loss"], expected["mean_loss"], rtol=1e-4)
         np.testing.assert_allclose(found["mass"], expected["mass"], rtol=1e-4)
         np.testing.assert_allclose(found["accuracy"], expected["accuracy"], atol=1)
 
@@ -257,7 +306,10 @@ def test_toy(tmp_path):
         (longtail.main, "--epochs 0", "--epochs must be positive, got 0"),
         (longtail.main, "--second-stage 1.5", "--second-stage must lie in [0, 1], got 1.5"),
         (longtail.main, "--temperatures 0", "--temperatures: must be a λ other than 0"),
-        (longtail.main, "--temperatures 0.8:5,0.5:2", "such as 5, 0.8:5 or 0.5:10,0.8:5, got"),
+        (longtail.main, "--temperatures 0.8:5,0.5:2", "such as 5, 0.8:5 or 0.5:10,0.8:5, or an"),
+        (longtail.main, "--temperatures ess1.5", "such as ess0.5 or ess-0.7, got ess1.5"),
+        (longtail.main, "--temperatures ess0", "such as ess0.5 or ess-0.7, got ess0"),
+        (longtail.main, "--temperatures 1:ess0.5", "such as ess0.5 or ess-0.7, got 1:ess0.5"),
         (longtail.main, "--temperatures hot", "got hot"),
         (longtail.main, "--batch-size 4000", "--batch-size must not exceed the 363 training"),
         (longtail.main, "--batch-size 33", "--batch-size must be a multiple of --devices, got 33"),
@@ -268,6 +320,9 @@ def test_toy(tmp_path):
         (noise.main, "--noise symmetric:2", "such as symmetric:0.4, got symmetric:2"),
         (noise.main, "--noise none", "such as symmetric:0.4, got none"),
         (noise.main, "--learning-rates -1", "--learning-rates must be positive, got [-1.0]"),
+        (sweep.main, "--gammas 0.5 0", "--gammas must lie in (0, 1], got [0.5, 0.0]"),
+        (sweep.main, "--methods gce", "--methods must be of cross_entropy, cb_drw"),
+        (sweep.main, "--methods focal --noise symmetric:0.4", "sce, gce, truncated_gce here, got"),
     ],
 )
 def test_bad_flags(tmp_path, monkeypatch, capsys, main, options, message):

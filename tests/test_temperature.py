@@ -173,14 +173,30 @@ class TestDegenerate:
         settled = np.log(-follow(make(init_value=-jnp.inf))[100:])
         assert abs(np.log(-lams[-1]) - settled.mean()) < 4 * settled.std()
 
+    @pytest.mark.parametrize("gamma", [0.9, 0.1])
     @pytest.mark.parametrize("largest", [1e3, 1e30])
-    def test_one_enormous_loss(self, largest):
-        """It doubles λ at most, whatever its size."""
+    def test_one_enormous_loss(self, largest, gamma):
+        """It doubles λ at most, and is over in ten steps, whatever its size."""
         batches = BATCHES[:100].copy()
         batches[50, 0] = largest
         lams, expected = follow(ESS(), batches), follow(ESS(), BATCHES[:100])
         assert lams[51] / lams[50] <= 2.001
         np.testing.assert_allclose(lams[100], expected[100], rtol=0.02)
+
+        def sums(temperature, max_jump=None):
+            attend = attention(temperature, gamma=gamma, max_jump=max_jump)
+
+            def step(state, batch):
+                weights, state = attend.update(batch, state)
+                return state, weights.sum()
+
+            return np.array(jax.lax.scan(step, attend.init(), jnp.asarray(batches))[1])
+
+        recovered = sums(ESS(damping=0.0))
+        assert np.all(recovered[60:] > 0.5)
+        assert np.all(recovered[60:] < 2)
+        # Without the bound it is not.
+        assert np.all(sums(ESS(damping=0.0), max_jump=jnp.inf)[60:] < 0.01)
 
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(128, 3)), jnp.float32)
