@@ -159,10 +159,11 @@ def absgd(
 
     Args:
       learning_rate: η, a number or a schedule.
-      temperature: λ: a number, a 0-d array or a schedule, as in :func:`attention`. Positive leans
-        on hard examples (class imbalance), negative on easy ones (label noise); ``jnp.inf`` is
-        plain SGD. Two-stage training is a schedule: ``optax.join_schedules([lambda _: jnp.inf,
-        lambda _: 5.0], [steps])``.
+      temperature: λ: a number, a 0-d array, a schedule or automatic, as in :func:`attention`.
+        Positive leans on hard examples (class imbalance), negative on easy ones (label noise);
+        ``jnp.inf`` is plain SGD. Two-stage training is a schedule, ``optax.join_schedules([lambda
+        _: jnp.inf, lambda _: 5.0], [steps])``, or automatic from some step on,
+        ``target_ess(transition_begin=steps)``.
       momentum: Decay of the momentum, or ``None`` for none.
       nesterov: Whether the momentum is Nesterov's.
       weight_decay: L2 coefficient, added to the gradient before the momentum as in
@@ -238,7 +239,7 @@ def abadam(
 
     Args:
       learning_rate: η, a number or a schedule.
-      temperature: λ: a number, a 0-d array or a schedule, as in :func:`absgd`.
+      temperature: λ: a number, a 0-d array, a schedule or automatic, as in :func:`absgd`.
       b1: Decay of the first moment.
       b2: Decay of the second moment.
       eps: Added to the root of the second moment.

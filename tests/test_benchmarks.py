@@ -107,6 +107,11 @@ def test_longtail(tmp_path):
     np.testing.assert_allclose(
         100 * np.array(found), results["ldam_drw SGD"]["class_accuracy"][1], rtol=1e-4
     )
+    # And what the weights did.
+    names = ("mean_loss", "kl_divergence", "largest_weight", "log_normalizer_drift")
+    assert all((5, name) in values for name in names)
+    assert values[5, "temperature"] == np.inf
+    np.testing.assert_allclose(values[5, "effective_sample_size"], 1, rtol=1e-5)
 
 
 def test_automatic_temperature(tmp_path):
