@@ -43,7 +43,7 @@ class TemperatureState(NamedTuple):
 
 
 def target_ess(
-    fraction: float | jax.Array = 0.5,
+    fraction: float | jax.Array = 0.8,
     *,
     init_value: float | jax.Array = jnp.inf,
     transition_begin: int = 0,
@@ -73,6 +73,7 @@ def target_ess(
 
     Args:
       fraction: Target of ESS, in (0, 1), as a share of the batch: near 1 all examples count alike.
+        At :math:`\lambda < 0` about the share of labels that are right.
       init_value: λ to start from. Its sign is kept: positive leans on hard examples, negative on
         easy ones.
       transition_begin: Number of updates for which λ stays at ``init_value``: two-stage training.
