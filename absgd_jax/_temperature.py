@@ -43,7 +43,7 @@ class TemperatureState(NamedTuple):
 
 
 def target_ess(
-    fraction: float | jax.Array = 0.8,
+    fraction: float | jax.Array = 0.9,
     *,
     init_value: float | jax.Array = jnp.inf,
     transition_begin: int = 0,
@@ -81,8 +81,7 @@ def target_ess(
         times too small or too large.
       damping: At :math:`\lambda > 0` the gradients are divided by :math:`1 + \text{damping}
         \sqrt{1 / \mathrm{ESS} - 1}`. What leans on hard examples makes them longer, most of all in
-        a batch that is worse than those before; so a learning rate that suits SGD still does. 0
-        for none.
+        a batch that is worse than those before. 0 for none.
 
     Returns:
       An automatic temperature.

@@ -11,7 +11,7 @@ for imbalance in 0.01 0.1; do
   python3 -m benchmarks.longtail --resume --dataset fashion-mnist ${1:+--data-dir "$1"} \
     --model resnet32 --dtype bfloat16 --imbalance $imbalance --seeds 3 --search-seeds 1 \
     --methods cross_entropy cb_drw focal ldam_drw balanced_softmax arb arb_global \
-    --learning-rates 0.1 --temperatures 0.8:1 0.8:2 0.8:5 0.5:ess0.8 \
+    --learning-rates 0.1 --temperatures 0.8:1 0.8:2 0.8:5 0.5:ess0.9 \
     --out benchmarks/results/fashion-mnist-lt-$imbalance-resnet32
 done
 python3 -m benchmarks.sweep --resume --dataset fashion-mnist ${1:+--data-dir "$1"} --model mlp \

@@ -145,7 +145,7 @@ def describe_times(times: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = options.make_parser(__doc__, longtail.LOSSES | noise.LOSSES, seeds=2, out="out/sweep")
-    grid = ("0.5", "1", "1.5", "2", "3", "5", "10", "20", "ess0.8", "0.5:ess0.8")
+    grid = ("0.5", "1", "1.5", "2", "3", "5", "10", "20", "ess0.9", "0.5:ess0.9")
     parser.set_defaults(
         methods=["cross_entropy", "balanced_softmax"],
         learning_rates=[0.1],

@@ -56,6 +56,9 @@ def expected(temperature):
             value = lam * np.log(np.exp(each / lam).mean())
             if radius is not None:
                 shares = weights / weights.sum()
+                if lam > 0:
+                    damping = 1 + 2 * np.sqrt(len(y) * np.sum(shares**2) - 1)
+                    grads = {k: g / damping for k, g in grads.items()}
                 kl = np.sum(shares * np.log(len(y) * shares))
                 before, lam = lam, lam * (kl / radius) ** 0.1
                 u **= before / lam  # λ log u is what stays
