@@ -19,7 +19,7 @@ from absgd_jax.data import class_counts
 from benchmarks import options, report, training
 from benchmarks.datasets import Split
 from benchmarks.options import Stages
-from benchmarks.training import Examples, History, Images, Run, Task, Trained
+from benchmarks.training import Examples, Images, Run, Task, Trained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,14 +62,14 @@ class Result(NamedTuple):
 
     @property
     def diverged(self) -> int:
-        return int(np.sum(diverged(self.trained.history)))
+        return diverged(self.trained)
 
 
-def diverged(history: History) -> np.ndarray:
-    """Of each run, whether its loss is not finite, or its accuracy below twice a guess's."""
-    finite = np.isfinite(history.scalars["mean_loss"]).all(axis=0)
-    accuracy = history.accuracy[-1]
-    return ~finite | (accuracy.mean(axis=-1) < 2 / accuracy.shape[-1])
+def diverged(trained: Trained) -> int:
+    """Number of runs whose loss is not finite, or whose accuracy is below twice a guess's."""
+    finite = np.isfinite(trained.history.scalars["mean_loss"]).all(axis=0)
+    accuracy = trained.history.accuracy[-1]
+    return int(np.sum(~finite | (accuracy.mean(axis=-1) < 2 / accuracy.shape[-1])))
 
 
 class Source(NamedTuple):

@@ -9,7 +9,7 @@ them. The accuracy is that on a validation split, for this is what λ may be cho
 import argparse
 import itertools
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -22,18 +22,12 @@ from benchmarks.training import Run, Task, Trained
 TIMES = 3  # of one epoch, at once and one after another in turn
 
 
-class Swept(NamedTuple):
-    """What a sweep of one loss found."""
+Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
-    settings: list[Setting]
-    trained: list[Trained]  # by setting; runs are seeds
 
-    def accuracy(self, i: int) -> np.ndarray:
-        """In percent at the final epoch, [seeds]."""
-        return 100 * self.trained[i].history.accuracy[-1].mean(axis=-1)
-
-    def diverged(self, i: int) -> int:
-        return int(comparison.diverged(self.trained[i].history).sum())
+def final_accuracy(trained: Trained) -> np.ndarray:
+    """In percent, [seeds]."""
+    return 100 * trained.history.accuracy[-1].mean(axis=-1)
 
 
 def make_settings(args: argparse.Namespace) -> list[Setting]:
@@ -58,12 +52,11 @@ def table(args: argparse.Namespace, results: dict[str, Swept]) -> list[tuple[str
     """A row for each loss and λ, and in it each rate and γ."""
     rows = [("loss", "λ", *(name_of(args, column) for column in columns(args)), "diverged")]
     for loss, swept in results.items():
-        number = {setting: i for i, setting in enumerate(swept.settings)}
         for stages in [(), *args.temperatures]:
-            found = [number.get(Setting(stages, *column)) for column in columns(args)]
-            cells = ["" if i is None else report.mean_std(swept.accuracy(i), ".1f") for i in found]
-            runs = [i for i in found if i is not None]
-            diverged = sum(map(swept.diverged, runs))
+            found = [swept.get(Setting(stages, *column)) for column in columns(args)]
+            cells = [report.mean_std(final_accuracy(t), ".1f") if t else "" for t in found]
+            runs = [t for t in found if t]
+            diverged = sum(map(comparison.diverged, runs))
             name = str(Setting(stages, 0.0))
             rows.append((loss, name, *cells, f"{diverged} of {len(runs) * args.seeds}"))
     return rows
@@ -85,12 +78,11 @@ def plot(args: argparse.Namespace, results: dict[str, Swept]) -> None:
         layout="constrained",
     )
     for (loss, swept), panels in zip(results.items(), grid, strict=True):
-        number = {setting: i for i, setting in enumerate(swept.settings)}
         for column, axes in zip(columns(args), panels, strict=True):
             # SGD has no γ, and stands beside all.
             sgd = Setting((), column[0], args.gammas[0])
             found = [sgd, *(Setting(stages, *column) for stages in args.temperatures)]
-            accuracy = np.stack([swept.accuracy(number[setting]) for setting in found], axis=1)
+            accuracy = np.stack([final_accuracy(swept[setting]) for setting in found], axis=1)
             image = axes.imshow(accuracy, aspect="auto", vmin=np.nanmax(accuracy) - 10)
             axes.set_title(f"{loss}, {name_of(args, column)}", fontsize="small")
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
@@ -201,7 +193,8 @@ def main() -> None:
             if args.timed and times is None:
                 times = compare_times(args, task, runs[: args.timed])
             trained = training.train(args, name, task, runs, bar)
-            results[name] = Swept(settings, comparison.by_setting(trained, settings, seeds))
+            found = comparison.by_setting(trained, settings, seeds)
+            results[name] = dict(zip(settings, found, strict=True))
             if jax.process_index() == 0:
                 write(args, results, times)
 
@@ -211,12 +204,12 @@ def write(
 ) -> None:
     records: dict[str, Any] = {
         f"{loss} {setting}, rate {setting.learning_rate:g}, γ {setting.gamma:g}": {
-            "accuracy": swept.accuracy(i),
-            "diverged": swept.diverged(i),
-            "temperature": swept.trained[i].history.scalars["temperature"].T,
+            "accuracy": final_accuracy(trained),
+            "diverged": comparison.diverged(trained),
+            "temperature": trained.history.scalars["temperature"].T,
         }
         for loss, swept in results.items()
-        for i, setting in enumerate(swept.settings)
+        for setting, trained in swept.items()
     }
     note = ""
     if times:
