@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_losses, as_mask, is_concrete
+from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     AutomaticTemperature,
     batch_divergence,
@@ -284,17 +285,15 @@ def moving_baseline(
         averaged = jnp.where(
             lag > 0, safe_baseline + safe_lam * (growth - lag), loss + safe_lam * growth
         )
+        scale = jnp.exp(-growth) / jnp.asarray(alpha, dtype)
         count = optax.safe_increment(state.count)
         next_lam: ArrayLike
-        if isinstance(temperature, AutomaticTemperature):
+        if isinstance(temperature, AutomaticTemperature) and divergence is not None:
+            scale *= temperature.scale(lam, divergence)
             next_lam = temperature.update(state, divergence=divergence).temperature
         else:
             next_lam = temperature(count) if callable(temperature) else lam
-        scale = jnp.exp(-growth) / jnp.asarray(alpha, dtype)
-        if isinstance(temperature, AutomaticTemperature) and divergence is not None:
-            scale *= temperature.scale(lam, divergence)
-        scale = jnp.where(active, scale, 1)
-        return scale, AttentionState(
+        return jnp.where(active, scale, 1), AttentionState(
             count=count,
             temperature=jnp.asarray(next_lam, dtype),
             baseline=jnp.where(active, averaged, baseline),
@@ -319,8 +318,7 @@ def tilt(
     lam = jnp.asarray(temperature, losses.dtype)
     counts = None if where is None else as_mask(where, losses.shape).astype(losses.dtype)
     shift, exp_z, sums = tilted_sums(losses, lam, counts, axis_name)
-    if axis_name is not None:
-        sums = lax.psum(sums, axis_name)
+    sums = psum(sums, axis_name)
     return soft_extremum(shift, lam, sums), exp_z / sums.divisor, sums.n
 
 

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 
 from absgd_jax._attention import soft_extremum, tilted_sums
 from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     batch_divergence,
     check_temperature,
@@ -143,8 +144,7 @@ def accumulate(
         dtype = state.value.dtype
         lam = get_temperature(state.inner_opt_state).astype(dtype)
         count = jnp.ones([], dtype) if where is None else jnp.sum(where).astype(dtype)
-        if axis_name is not None:
-            count = lax.psum(count, axis_name)
+        count = psum(count, axis_name)
         counts = jnp.stack([state.count, count])
         parts = jnp.stack([state.value, as_value(value).astype(dtype)])
         shift, exp_z, sums = tilted_sums(parts, lam, counts)

@@ -25,6 +25,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_losses, as_mask, as_scalar, is_concrete
+from absgd_jax._reduce import psum
 
 # From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
 _INF_TEMPERATURE = 1e30
@@ -327,10 +328,7 @@ def divergence_of(
     n = jnp.asarray(losses.size, dtype)
     if counts is not None:
         chi2, kl, n = counts * chi2, counts * kl, jnp.sum(counts)
-    sums = jnp.sum(chi2), jnp.sum(kl), n
-    if axis_name is not None:
-        sums = lax.psum(sums, axis_name)
-    chi2, kl, n = sums
+    chi2, kl, n = psum((jnp.sum(chi2), jnp.sum(kl), n), axis_name)
     some = jnp.where(n > 0, n, 1)
     return Divergence(chi2 / some, kl / some, n)
 

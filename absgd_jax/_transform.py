@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import AttentionState, moving_baseline
 from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     AutomaticTemperature,
     batch_divergence,
@@ -101,10 +101,7 @@ def scale_by_attention(
             divergence = batch_divergence(value, losses, state.temperature, where, axis_name)
             where, axis_name = divergence.n, None
         if where is not None:
-            count = jnp.sum(where)
-            if axis_name is not None:
-                count = lax.psum(count, axis_name)
-            value = jnp.where(count > 0, value, jnp.inf)
+            value = jnp.where(psum(jnp.sum(where), axis_name) > 0, value, jnp.inf)
         scale, state = advance(value, state, divergence)
         return rescale(updates, scale), state
 

@@ -1,7 +1,6 @@
 """Functions of a batch's weights."""
 
 from collections.abc import Hashable
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +9,8 @@ from jax.typing import ArrayLike
 
 from absgd_jax._attention import tilt
 from absgd_jax._checks import as_losses, as_mask
+from absgd_jax._reduce import psum
 from absgd_jax._temperature import check_temperature, is_flat
-
-_Tree = TypeVar("_Tree")
 
 
 def effective_sample_size(
@@ -44,7 +42,7 @@ def effective_sample_size(
       0.5
     """
     shares, n = _shares(weights, where, axis_name)
-    squares = _psum(jnp.sum(jnp.square(shares)), axis_name)
+    squares = psum(jnp.sum(jnp.square(shares)), axis_name)
     return jnp.where(squares > 0, 1 / (n * jnp.where(squares > 0, squares, 1)), 0)
 
 
@@ -106,7 +104,7 @@ def kl_divergence(
     # Σ w = 1, and the sum of what is never negative stays so in floating point.
     terms = jax.scipy.special.kl_div(n * shares, jnp.ones_like(shares))
     total = jnp.sum(terms, where=where)
-    return _psum(total, axis_name) / jnp.maximum(n, 1)
+    return psum(total, axis_name) / jnp.maximum(n, 1)
 
 
 def class_mass(
@@ -151,7 +149,7 @@ def class_mass(
     # One-hot, since a scatter does not work over a sharded axis.
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=shares.dtype)
     mass = jnp.sum(one_hot * shares[..., None], axis=tuple(range(shares.ndim)))
-    return _psum(mass, axis_name)
+    return psum(mass, axis_name)
 
 
 def summary(
@@ -207,7 +205,7 @@ def summary(
         losses = jnp.where(where, losses, 0)
     lam = jnp.asarray(temperature, losses.dtype)
     scalars = {
-        "mean_loss": _psum(jnp.sum(losses), axis_name) / jnp.maximum(n, 1),
+        "mean_loss": psum(jnp.sum(losses), axis_name) / jnp.maximum(n, 1),
         "robust_loss": loss,
         "temperature": lam,
         "effective_sample_size": effective_sample_size(weights, where=where, axis_name=axis_name),
@@ -238,12 +236,5 @@ def _shares(
     if where is not None:
         where = as_mask(where, weights.shape, of="weights")
         weights, n = jnp.where(where, weights, 0), jnp.sum(where, dtype=weights.dtype)
-    total, n = _psum((jnp.sum(weights), n), axis_name)
+    total, n = psum((jnp.sum(weights), n), axis_name)
     return weights / jnp.where(total > 0, total, 1), n
-
-
-def _psum(tree: _Tree, axis_name: Hashable | None) -> _Tree:
-    if axis_name is None:
-        return tree
-    total: _Tree = lax.psum(tree, axis_name)
-    return total

@@ -8,6 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import is_concrete
+from absgd_jax._reduce import psum
 from absgd_jax.losses._labels import canonicalize, distribution, expected
 from absgd_jax.losses._priors import positive_counts
 
@@ -119,9 +120,7 @@ def arb(
                 "pass class_counts or, under vmap, axis_name."
             )
         weights = jnp.where(where[..., None], distribution(labels, logits), 0)
-        class_counts = jnp.sum(weights, axis=tuple(range(where.ndim)))
-        if axis_name is not None:
-            class_counts = lax.psum(class_counts, axis_name)
+        class_counts = psum(jnp.sum(weights, axis=tuple(range(where.ndim))), axis_name)
     counts, met = positive_counts(class_counts, logits)
     return _balanced(logits, labels, where, jnp.log(counts), met)
 
