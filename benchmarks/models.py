@@ -1,6 +1,7 @@
 """Small image classifiers: a linear one, an MLP, a CNN and the ResNets of the CIFAR papers.
 
-Each is a list of blocks and a head, so that training can keep the lower blocks as they are.
+Each is a list of blocks and a head, so that training can keep the lower blocks as they are. Beside
+them, for what is measured of losses per token, a language model of one block.
 """
 
 import itertools
@@ -126,3 +127,25 @@ def make_model(
     elif name == "resnet32":
         blocks, features = resnet_blocks(channels, depth=32, **kwargs), 64
     return Classifier(blocks, features, classes, normalized=normalized, rngs=rngs)
+
+
+class LanguageModel(nnx.Module):
+    """A transformer block between an embedding and a head."""
+
+    def __init__(
+        self, vocabulary: int, length: int, features: int, *, heads: int = 4, rngs: nnx.Rngs
+    ):
+        self.embedding = nnx.Embed(vocabulary, features, rngs=rngs)
+        self.position = nnx.Embed(length, features, rngs=rngs)
+        self.norms = nnx.List([nnx.LayerNorm(features, rngs=rngs) for _ in range(3)])
+        self.attention = nnx.MultiHeadAttention(heads, features, decode=False, rngs=rngs)
+        self.expand = nnx.Linear(features, 4 * features, rngs=rngs)
+        self.contract = nnx.Linear(4 * features, features, rngs=rngs)
+        self.head = nnx.Linear(features, vocabulary, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Logits [B, T, vocabulary] of the tokens that follow tokens [B, T]."""
+        x = self.embedding(tokens) + self.position(jnp.arange(tokens.shape[1]))[None]
+        x += self.attention(self.norms[0](x), mask=nnx.make_causal_mask(tokens))
+        x += self.contract(nnx.gelu(self.expand(self.norms[1](x))))
+        return self.head(self.norms[2](x))
