@@ -96,6 +96,10 @@ def write(
 ) -> None:
     """Writes results.json, and table.md with the command that made it and a note below."""
     save(args.out / "results.json", results)
-    parts = [f"`{describe(args)['command']}`", markdown(rows), *([note] if note else [])]
+    write_table(args, markdown(rows), *([note] if note else []))
+
+
+def write_table(args: argparse.Namespace, *parts: str) -> None:
+    """Writes table.md: the command that made it, and below it the parts."""
     with replacing(args.out / "table.md") as file:
-        file.write(("\n\n".join(parts) + "\n").encode())
+        file.write(("\n\n".join([f"`{describe(args)['command']}`", *parts]) + "\n").encode())
