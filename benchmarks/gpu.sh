@@ -1,12 +1,18 @@
 #!/usr/bin/env bash
-# ResNet-32 on long-tailed Fashion-MNIST, by the published protocol, on a machine with a GPU:
+# What a step costs, and ResNet-32 on long-tailed Fashion-MNIST by the published protocol, on a
+# machine with a GPU:
 #
 #     bash benchmarks/gpu.sh [folder of the four IDX files]
 #
-# From a clone, with jax[cuda], flax, optax, matplotlib, scikit-learn and tqdm installed. Killed, it
-# goes on where it was.
+# From a clone, with jax[cuda], flax, optax, matplotlib, scikit-learn and tqdm installed. The Python
+# of TORCH_PYTHON, python3 if not set, has the extra `reference`. Killed, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ ! -e benchmarks/results/speed-gpu/growth.png ]; then
+  python3 -m benchmarks.speed --torch-python "${TORCH_PYTHON:-python3}" \
+    --losses 1024 32768 1048576 33554432 134217728 --parameters 1e5 1e6 1e7 1e8 1e9 \
+    --out benchmarks/results/speed-gpu
+fi
 for imbalance in 0.01 0.1; do
   python3 -m benchmarks.longtail --resume --dataset fashion-mnist ${1:+--data-dir "$1"} \
     --model resnet32 --dtype bfloat16 --imbalance $imbalance --seeds 3 --search-seeds 1 \

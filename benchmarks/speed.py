@@ -5,9 +5,9 @@
 Of its parts,
 
     sgd       has every form of ABSGD beside SGD in that form, as benchmarks.steps lists them;
-    torch     trains by the authors' PyTorch package, eager and compiled, and by an epoch of ABSGD
-              that is one program: the same network, parameters, examples, order and threads. The
-              package may be in an environment of its own, whose interpreter is --torch-python;
+    torch     trains by the authors' PyTorch package, eager and compiled, and by ABSGD here: the
+              same network, parameters, examples, order and threads. The package, extra `reference`,
+              may be in an environment of its own, whose interpreter is --torch-python;
     meta      has the learnt weights of benchmarks.meta beside ABSGD's;
     growth    has the weights of n losses beside a copy of them, the update of n parameters beside
               the same traffic of memory, and the step on n devices beside SGD's there.
@@ -53,6 +53,11 @@ PARTS = {
     "torch": "Beside the authors' PyTorch package",
     "meta": "Beside learnt weights",
     "growth": "As it grows",
+}
+RATIOS = {
+    "sgd": "ratio to SGD in the same form",
+    "torch": "ratio to absgd_jax",
+    "meta": "ratio to ABSGD",
 }
 COLUMNS = {
     "flops": "FLOPs",
@@ -162,25 +167,36 @@ def run_meta(args: argparse.Namespace, model: str) -> Iterator[Record]:
 
 
 def run_torch(args: argparse.Namespace, model: str) -> Iterator[Record]:
-    one = timer(*prepare(steps.make_work(model, args.batch_size), "absgd"))
-    one(1)
-    work, length = steps.make_work(model, EXAMPLES), max(1, round(args.seconds / one(1)))
-    order = np.random.default_rng(1).integers(EXAMPLES, size=(length, args.batch_size))
+    once = timer(*prepare(steps.make_work(model, args.batch_size), "absgd"))
+    once(1)
+    work, length = steps.make_work(model, EXAMPLES), max(1, round(args.seconds / once(1)))
+    shape = length, args.batch_size
+    order = np.random.default_rng(1).integers(EXAMPLES, size=shape, dtype=np.int32)
     state, step = steps.make_step(work, "absgd")
     state, examples = place(work, state, 1)
 
-    def epoch(state, order, examples):
-        def body(state, index):
-            return step(state, jax.tree.map(lambda x: x[index], examples)), None
+    def gather(state, index, examples):
+        return step(state, jax.tree.map(lambda x: x[index], examples))
 
-        return jax.lax.scan(body, state, order)[0]
+    def scanned(state, order, examples):
+        return jax.lax.scan(lambda s, index: (gather(s, index, examples), None), state, order)[0]
 
-    epoch = jax.jit(epoch, donate_argnums=0).lower(state, order, examples).compile()
+    jitted = jax.jit(gather, donate_argnums=0)
+
+    def looped(state, order, examples):
+        for index in order:
+            state = jitted(state, index, examples)
+        return state
+
+    ours, epoch = "absgd_jax, an epoch a call", jax.jit(scanned, donate_argnums=0)
+    if jax.default_backend() == "cpu" and model != "mlp":
+        # In a loop XLA has no fast kernel for the convolutions of a backward pass on CPUs.
+        ours, epoch = "absgd_jax, a step a call", looped
     state = epoch(state, order, examples)
     first = jax.tree.map(lambda x: x[order[0]], work.examples)
     losses, _ = jax.jit(work.losses)(state.params, state.other, first)
-    found: dict[str, Record] = {"absgd_jax": {"loss": losses.mean()}}
-    timers = {"absgd_jax": timer(epoch, state, order, examples)}
+    found: dict[str, Record] = {ours: {"loss": losses.mean()}}
+    timers = {ours: timer(epoch, state, order, examples)}
     with contextlib.ExitStack() as stack:
         for name, options in (("absgd, eager", []), ("absgd, compiled", ["--compile"])):
             worker = torch_worker(args, model, work, order, options)
@@ -191,7 +207,7 @@ def run_torch(args: argparse.Namespace, model: str) -> Iterator[Record]:
     for name, record in found.items():
         if name in seconds:
             record |= {"images": order.size, "seconds": seconds[name]}
-        yield {"work": model, "step": name, "beside": "absgd_jax"} | record
+        yield {"work": model, "step": name, "beside": ours} | record
 
 
 @contextlib.contextmanager
@@ -345,7 +361,7 @@ def table(records: list[Record]) -> list[tuple[str, ...]]:
     return rows
 
 
-def plot(records: list[Record], path: pathlib.Path) -> None:
+def plot(records: list[Record], path: pathlib.Path, x: str) -> None:
     """A panel for every model, and in it the ratios of each step."""
     records = [r for r in records if "missing" not in r]
     models = list(dict.fromkeys(r["work"] for r in records))
@@ -371,8 +387,9 @@ def plot(records: list[Record], path: pathlib.Path) -> None:
             )
             for key, marker, color in (("flops", "|", "C1"), ("bytes_accessed", "x", "C2")):
                 if key in record:
-                    x = record[key] / beside[key]
-                    axes.plot(x, y, marker, color=color, ms=9, label=COLUMNS[key])
+                    axes.plot(
+                        record[key] / beside[key], y, marker, color=color, ms=9, label=COLUMNS[key]
+                    )
         axes.axvline(1, color="black", lw=0.8)
         axes.set_title(model, fontsize="medium")
         axes.set_yticks(range(len(names)), names)
@@ -381,7 +398,7 @@ def plot(records: list[Record], path: pathlib.Path) -> None:
     grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
     labels = dict(zip(*reversed(grid[0, 0].get_legend_handles_labels()), strict=True))
     figure.legend(labels.values(), labels, loc="outside right upper", frameon=False)
-    figure.supxlabel("ratio to what stands beside", fontsize="medium")
+    figure.supxlabel(x, fontsize="medium")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -426,7 +443,10 @@ def write(args: argparse.Namespace, config: Record, found: dict[str, list[Record
         if devices == "cpu":
             rows.append(("on a GPU", "none here", *[""] * (len(rows[0]) - 2)))
         parts += [f"## {PARTS[part]}", report.markdown(rows)]
-        (plot_growth if part == "growth" else plot)(each, args.out / f"{part}.png")
+        if part == "growth":
+            plot_growth(each, args.out / "growth.png")
+        else:
+            plot(each, args.out / f"{part}.png", RATIOS[part])
     report.write_table(args, *parts)
 
 
@@ -457,8 +477,13 @@ def main() -> None:
     add("--losses", type=number, nargs="+", default=default, metavar="N", help="of growth")
     default = [10**k for k in (5, 6, 7, 8)]
     add("--parameters", type=number, nargs="+", default=default, metavar="N", help="of growth")
-    default = [1, 2, 4, 8]
-    add("--devices", type=number, nargs="+", default=default, metavar="N", help="of growth")
+    add(
+        "--devices",
+        type=number,
+        nargs="+",
+        metavar="N",
+        help="of growth; 1, 2, 4, 8 that there are",
+    )
     add("--torch-python", default=sys.executable, metavar="FILE", help="interpreter with PyTorch")
     add("--out", type=pathlib.Path, default="out/speed", help="folder to write to")
     args = parser.parse_args()
@@ -466,20 +491,17 @@ def main() -> None:
         parser.error(f"--seconds must be positive, got {args.seconds}")
     if shutil.which(args.torch_python) is None:
         parser.error(f"--torch-python must be an interpreter, got {args.torch_python}")
-    if jax.default_backend() != "cpu" and max(args.devices) > jax.device_count():
-        parser.error(f"--devices must not exceed {jax.device_count()}, got {args.devices}")
+    # On a CPU there are as many as one asks for.
+    most = jax.device_count() if jax.default_backend() != "cpu" else sys.maxsize
+    args.devices = args.devices or [n for n in (1, 2, 4, 8) if n <= most]
+    if max(args.devices) > most:
+        parser.error(f"--devices must not exceed {most}, got {args.devices}")
     args.out.mkdir(parents=True, exist_ok=True)
 
     # What is read from a cache is not compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     config = report.describe(args)
     report.save(args.out / "config.json", config)
-
-    def own_devices() -> None:
-        """Cores as devices: the backend starts anew, as it has one device otherwise."""
-        if jax.default_backend() == "cpu":
-            jax.extend.backend.clear_backends()
-            jax.config.update("jax_num_cpu_devices", max(args.devices))
 
     jobs: list[tuple[str, Callable[..., Iterator[Record]], Any]] = []
     for part, run in (("sgd", run_sgd), ("torch", run_torch), ("meta", run_meta)):
@@ -491,8 +513,10 @@ def main() -> None:
     jobs = [job for job in jobs if job[0] in args.parts]
     found: dict[str, list[Record]] = {}
     for part, run, size in tqdm(jobs):
-        if run is run_devices and size == args.devices[0]:
-            own_devices()
+        if run is run_devices and jax.default_backend() == "cpu":
+            # They are counted as the backend starts; what came before had the cores as one.
+            jax.extend.backend.clear_backends()
+            jax.config.update("jax_num_cpu_devices", size)
         found.setdefault(part, []).extend(run(args, size))
         write(args, config, found)
     print((args.out / "table.md").read_text())
