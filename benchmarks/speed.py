@@ -471,7 +471,7 @@ def main() -> None:
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of ABSGD, beside SGD")
     add("--batch-size", type=number, default=128, help="examples a step and device")
     add("--repeats", type=number, default=20, help="times that everything is timed")
-    add("--seconds", type=float, default=1.0, help="that one timing takes, about")
+    add("--seconds", type=float, default=0.5, help="that one timing takes, about")
     add("--compilations", type=number, default=5, help="times that every form is compiled")
     default = [2**k for k in (10, 13, 16, 19, 22, 25)]
     add("--losses", type=number, nargs="+", default=default, metavar="N", help="of growth")
