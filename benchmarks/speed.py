@@ -1,4 +1,4 @@
-"""What a step of ABSGD costs: beside SGD's, that of the authors' package, and learnt weights'.
+"""What a step of ABSGD costs: beside SGD, the authors' PyTorch package, and learnt weights.
 
     python -m benchmarks.speed
 
@@ -8,7 +8,7 @@ Of its parts,
     torch     trains by the authors' PyTorch package, eager and compiled, and by ABSGD here: the
               same network, parameters, examples, order and threads. The package, extra `reference`,
               may be in an environment of its own, whose interpreter is --torch-python;
-    meta      has the learnt weights of benchmarks.meta beside ABSGD's;
+    meta      has the algorithms of benchmarks.meta, which learn the weights, beside ABSGD;
     growth    has the weights of n losses beside a copy of them, the update of n parameters beside
               the same traffic of memory, and the step on n devices beside SGD's there.
 
@@ -150,16 +150,20 @@ def run_sgd(args: argparse.Namespace, model: str) -> Iterator[Record]:
         yield {"work": model, "step": form, "beside": FORMS.get(form, form)} | found[form] | times
 
 
+def prepare_meta(work: Work, name: str) -> tuple[Any, State, Batch, Batch]:
+    """As ``prepare``; the clean batch is one of its own, though its examples are the same."""
+    state, step = meta.make_step(work, name)
+    state, batch = place(work, state, 1)
+    return jax.jit(step, donate_argnums=0), state, batch, batch
+
+
 def run_meta(args: argparse.Namespace, model: str) -> Iterator[Record]:
     work = steps.make_work(model, args.batch_size)
-    step, state, batch = prepare(work, "absgd")
-    ready = {"absgd": (step.lower(state, batch).compile(), state, batch)}
-    for name in meta.ALGORITHMS:
-        state, step = meta.make_step(work, name)
-        state, batch = place(work, state, 1)
-        compiled = jax.jit(step, donate_argnums=0).lower(state, batch, batch).compile()
-        ready[name] = compiled, state, batch, batch
-    found = {name: figures(compiled) for name, (compiled, *_) in ready.items()}
+    ready, found = {}, {}
+    for name in ("absgd", *meta.ALGORITHMS):
+        step, *inputs = prepare(work, name) if name == "absgd" else prepare_meta(work, name)
+        compiled = step.lower(*inputs).compile()
+        ready[name], found[name] = (compiled, *inputs), figures(compiled)
     seconds = interleave(args, {name: timer(*each) for name, each in ready.items()})
     for name in ready:
         found[name]["seconds"] = seconds[name]

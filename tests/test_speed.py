@@ -163,6 +163,17 @@ class TestMeta:
         jax.tree.map(np.testing.assert_array_equal, after.opt_state[0], new)
 
 
+@pytest.mark.usefixtures("users_promotion")
+def test_cost_of_learnt_weights():
+    work = steps.make_work("mlp", 128)
+    step, *inputs = speed.prepare(work, "absgd")
+    absgd = speed.figures(step.lower(*inputs).compile())
+    for name, least in (("l2rw", 3), ("l2rw_forward", 2.5), ("meta_weight_net", 3)):
+        step, *inputs = speed.prepare_meta(work, name)
+        learnt = speed.figures(step.lower(*inputs).compile())
+        assert least < learnt["flops"] / absgd["flops"] < least + 0.5
+
+
 def test_parameters_for_torch():
     """PyTorch has outputs first, images with channels first, and other names."""
     work = steps.make_work("resnet32", 1)
