@@ -319,7 +319,7 @@ def growing(what: str, n: int, seconds: dict[str, list[float]]) -> Iterator[Reco
     beside = next(iter(seconds))
     for name, each in seconds.items():
         found = {"growing": what, "n": n, "step": name, "beside": beside, "seconds": each}
-        yield {"work": f"{n:,} {what}"} | found
+        yield {"work": f"{n:,} {what.removesuffix('s') if n == 1 else what}"} | found
 
 
 def cell(key: str, record: Record, beside: Record) -> str:
@@ -412,6 +412,7 @@ def plot_growth(records: list[Record], path: pathlib.Path) -> None:
     figure, grid = plt.subplots(
         1, len(kinds), figsize=(1 + 3.3 * len(kinds), 3.2), squeeze=False, layout="constrained"
     )
+    figure.get_layout_engine().set(wspace=0.08)
     for axes, (kind, beside) in zip(grid[0], kinds.items(), strict=True):
         lines: dict[str, list[tuple[float, ...]]] = {}
         for r, other in pairs([r for r in records if r["growing"] == kind]):
