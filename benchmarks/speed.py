@@ -9,8 +9,8 @@ Of its parts,
               same network, parameters, examples, order and threads. The package, extra `reference`,
               may be in an environment of its own, whose interpreter is --torch-python;
     meta      has the algorithms of benchmarks.meta, which learn the weights, beside ABSGD;
-    growth    has the weights of n losses beside a copy of them, the update of n parameters beside
-              the same traffic of memory, and the step on n devices beside SGD's there.
+    growth    has the weights of n losses, and softmax, beside a copy of them, the update of n
+              parameters beside the same traffic of memory, and the step on n devices beside SGD's.
 
 The first line of a comparison has what the others are beside. In these, numbers with a sign are
 differences and those without are ratios. What is compared is timed in turn, there and back; a ratio
@@ -267,16 +267,20 @@ def torch_parameters(params: Any) -> dict[str, np.ndarray]:
 def run_losses(args: argparse.Namespace, n: int) -> Iterator[Record]:
     losses = jax.random.exponential(jax.random.key(0), (n,))
     attend = attention(steps.TEMPERATURE)
-    # Into memory that is there already, as in training.
-    into = {"donate_argnums": 0, "keep_unused": True}
+    functions = {
+        "copy": lambda out, losses, state: jnp.copy(losses),
+        "softmax": lambda out, losses, state: jax.nn.softmax(losses),
+        "weights": lambda out, losses, state: attend.update(losses, state)[0],
+    }
     timers = {
-        "copy": timer(jax.jit(lambda out, losses: jnp.copy(losses), **into), jnp.empty(n), losses),
-        "weights": timer(
-            jax.jit(lambda out, losses, state: attend.update(losses, state)[0], **into),
+        # Into memory that is there already, as in training.
+        name: timer(
+            jax.jit(function, donate_argnums=0, keep_unused=True),
             jnp.empty(n),
             losses,
             attend.init(),
-        ),
+        )
+        for name, function in functions.items()
     }
     yield from growing("losses", n, interleave(args, timers))
 
@@ -521,7 +525,8 @@ def main() -> None:
         if run is run_devices and jax.default_backend() == "cpu":
             # They are counted as the backend starts; what came before had the cores as one.
             jax.extend.backend.clear_backends()
-            jax.config.update("jax_num_cpu_devices", size)
+            # There are as many threads; while one waits in a collective, its device needs another.
+            jax.config.update("jax_num_cpu_devices", 2 * size)
         found.setdefault(part, []).extend(run(args, size))
         write(args, config, found)
     print((args.out / "table.md").read_text())
