@@ -153,15 +153,9 @@ class TestAccumulate:
         opt = absgd(0.1, 1.0)
         assert memory(accumulate(opt, 4)) < memory(optax.MultiSteps(opt, 4)) + 4096
 
-    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-    def test_dtypes(self, dtype):
-        opt = accumulate(absgd(0.01, 0.5), 2)
-        params = jnp.ones(3, dtype)
-        opt_state = opt.init(params)
-        updates, after = opt.update(params, opt_state, params, value=jnp.ones([], dtype))
-        assert updates.dtype == dtype
+    def test_accumulates_in_float32(self):
+        opt_state = accumulate(absgd(0.01, 0.5), 2).init(jnp.ones(3, jnp.bfloat16))
         assert opt_state.acc_grads.dtype == jnp.float32
-        chex.assert_trees_all_equal_shapes_and_dtypes(after, opt_state)
 
     def test_a_poisoned_micro_batch_leaves_no_trace_after_its_batch(self):
         opt = accumulate(optax.apply_if_finite(absgd(0.01, 0.5), 3), K)
@@ -212,11 +206,6 @@ class TestWhatOptaxDoes:
         chex.assert_trees_all_close(updates, expected, rtol=1e-5)
         merged, _ = self.last_update(accumulate(opt, K), temperature)
         assert np.allclose(updates["w"], merged["w"], rtol=1e-5) == exact
-
-    def test_multi_steps_inside_a_chain_drops_the_loss(self):
-        inner = optax.MultiSteps(absgd(0.01, 2.0), K).gradient_transformation()
-        with pytest.raises(TypeError, match="value is missing"):
-            self.last_update(optax.chain(inner), 2.0)
 
     def test_multi_steps_behind_attention_averages_over_micro_batches(self):
         behind = optax.MultiSteps(optax.sgd(0.01), K).gradient_transformation()

@@ -62,10 +62,9 @@ class TestChain:
         assert not jnp.allclose(two_stage["w"][11], plain["w"][11], rtol=1e-3)
         assert jnp.isfinite(opt_state[0].baseline)
 
-    def test_schedules_of_both_rates_equal_their_constants(self):
-        constant = train(absgd(0.05, 2.0), 10)[0]
-        scheduled = train(absgd(optax.constant_schedule(0.05), optax.constant_schedule(2.0)), 10)[0]
-        chex.assert_trees_all_close(scheduled, constant, rtol=1e-6)
+    def test_a_schedule_of_the_temperature_equals_its_constant(self):
+        scheduled = train(absgd(0.05, optax.constant_schedule(2.0)), 10)[0]
+        chex.assert_trees_all_close(scheduled, train(absgd(0.05, 2.0), 10)[0], rtol=1e-6)
 
     def test_loss_and_update_share_the_scheduled_temperature(self):
         tx = scale_by_attention(optax.linear_schedule(1.0, 4.0, 3))
@@ -122,27 +121,13 @@ class TestChain:
 
 
 class TestHead:
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-    @pytest.mark.parametrize("value_dtype", ["float16", "bfloat16", "float32"])
-    def test_dtypes(self, dtype, value_dtype):
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+    def test_scales_in_float32_and_rounds_once(self, dtype):
         tx = scale_by_attention(1.0)
         narrow = jnp.asarray(0.7, dtype)
         grads = {"a": jnp.full(3, narrow), "b": narrow.astype(jnp.float32), "c": None}
-        state = tx.init(grads)
-        for value in (1.0, 2.0):
-            updates, new_state = tx.update(grads, state, value=jnp.asarray(value, value_dtype))
-            chex.assert_trees_all_equal_dtypes(updates, grads)
-            chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
-            state = new_state
-        # Scaled in float32, and rounded once.
+        updates, _ = tx.update(grads, tx.init(grads), value=1.0)
         chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
-
-    def test_init_needs_shapes_only(self):
-        tx = scale_by_attention(optax.constant_schedule(3.0))
-        state = tx.init(jax.eval_shape(lambda: PARAMS))
-        chex.assert_trees_all_equal_shapes_and_dtypes(
-            state, AttentionState(jnp.int32(0), jnp.float32(3), jnp.float32(0))
-        )
 
     @pytest.mark.parametrize("temperature", [2.0, -2.0])
     def test_scale_is_the_batch_over_its_average(self, temperature):
@@ -192,29 +177,8 @@ class TestHead:
 
         jax.test_util.check_grads(run, (jnp.float64(1.5),), order=1, modes=["rev"])
 
-    def test_unknown_extra_arguments_are_ignored(self):
-        tx = scale_by_attention(2.0)
-        expected = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
-        actual = tx.update(PARAMS, tx.init(PARAMS), value=1.0, grad=0, unknown="x")
-        chex.assert_trees_all_equal(actual, expected)
-
 
 class TestInjectHyperparams:
-    def test_temperature_and_learning_rate_can_be_set(self):
-        tx = optax.inject_hyperparams(absgd)(0.05, 5.0, weight_decay=1e-3)
-        jitted = jax.jit(chex.assert_max_traces(lambda p, s: step(tx, p, s), n=1))
-        params, opt_state = jitted(PARAMS, tx.init(PARAMS))
-        opt_state.hyperparams["temperature"] = jnp.float32(-1.0)
-        opt_state.hyperparams["learning_rate"] = jnp.float32(0.01)
-        assert get_temperature(opt_state) == -1.0
-        params, opt_state = jitted(params, opt_state)
-
-        plain = absgd(0.05, 5.0, weight_decay=1e-3)
-        expected, state = step(plain, PARAMS, plain.init(PARAMS))
-        state = optax.tree.set(state, temperature=jnp.float32(-1.0))
-        expected, _ = step(absgd(0.01, -1.0, weight_decay=1e-3), expected, state)
-        chex.assert_trees_all_close(params, expected, rtol=1e-6)
-
     def test_schedule_goes_past_it(self):
         schedule = optax.linear_schedule(2.0, 1.0, 10)
         tx = optax.inject_hyperparams(absgd, static_args=("temperature",))(0.05, schedule)
@@ -227,33 +191,7 @@ class TestInjectHyperparams:
             get_temperature(tx.init(PARAMS))
 
 
-WRAPPERS = {
-    "chain": lambda tx: optax.chain(optax.clip(1.0), tx),
-    "named_chain": lambda tx: optax.named_chain(("head", tx), ("clip", optax.clip(1.0))),
-    "masked": lambda tx: optax.masked(tx, {"w": True, "b": False}),
-    "partition": lambda tx: optax.partition(
-        {"train": tx, "freeze": optax.set_to_zero()}, {"w": "train", "b": "freeze"}
-    ),
-    "apply_if_finite": lambda tx: optax.apply_if_finite(tx, 3),
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2),
-    "inject_hyperparams": lambda tx: optax.inject_hyperparams(
-        lambda learning_rate: optax.chain(tx, optax.scale(learning_rate))
-    )(0.1),
-}
-
-
 class TestGetTemperature:
-    @pytest.mark.parametrize("name", WRAPPERS)
-    def test_finds_it_and_trains(self, name):
-        tx = WRAPPERS[name](absgd(0.05, 2.5))
-        opt_state = tx.init(PARAMS)
-        assert get_temperature(opt_state) == 2.5
-        # optax.MultiSteps itself divides a float by an integer.
-        with jax.numpy_dtype_promotion("standard"):
-            params, opt_state = step(tx, *step(tx, PARAMS, opt_state))
-        assert get_temperature(opt_state) == 2.5
-        assert not jnp.array_equal(params["w"], PARAMS["w"])
-
     @pytest.mark.parametrize(
         ("tx", "found"),
         [(optax.adam(0.1), 0), (optax.chain(absgd(0.1, 1.0), scale_by_attention(2.0)), 2)],
