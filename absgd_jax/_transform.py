@@ -125,8 +125,10 @@ def as_value(value: ArrayLike | None) -> jax.Array:
     if value is None:
         raise TypeError(
             "value is missing; attention depends on the loss whose gradients it scales: "
-            "tx.update(grads, state, params, value=loss). A loop that can't pass it on, such "
-            "as flax's TrainState, can weight its losses with absgd_jax.attention instead."
+            "tx.update(grads, state, params, value=loss). Where an optax wrapper drops it, chain "
+            "absgd_jax.scale_by_attention in front of that wrapper, or use absgd_jax.accumulate in "
+            "place of optax.MultiSteps. A loop that can't pass it on, such as flax's TrainState, "
+            "can weight its losses with absgd_jax.attention instead."
         )
     return as_scalar("value", value)
 
