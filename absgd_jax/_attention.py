@@ -277,15 +277,16 @@ def moving_baseline(
             bound = jnp.asarray(max_jump, dtype)
             loss = jnp.where(lag < -bound, safe_baseline + safe_lam * bound, loss)
             lag = jnp.maximum(lag, -bound)
-        # By hand, as jax.nn.logsumexp takes three times as many kernels for two numbers.
+        # By hand, as jax.nn.logsumexp takes three times as many kernels for two numbers; and by
+        # log1p of expm1, as a large λ, where the two are near, multiplies what digits are left.
         share = jnp.where(started, 1 - newest, 0)
         lag = jnp.where(share > 0, lag, 0)  # with γ = 1, too, what was before must not count
-        above = jnp.maximum(lag, 0)
-        growth = above + jnp.log(share * jnp.exp(lag - above) + newest * jnp.exp(-above))
-        # From the larger share on, so that what is added stays small and finite.
-        averaged = jnp.where(
-            lag > 0, safe_baseline + safe_lam * (growth - lag), loss + safe_lam * growth
-        )
+        falls = lag > 0  # V stands above F
+        smaller = jnp.where(falls, newest, share)
+        gap = jnp.where(falls, -lag, lag)
+        rise = jnp.where(started, jnp.log1p(smaller * jnp.expm1(gap)), jnp.log(newest))
+        growth = jnp.where(falls, lag, 0) + rise
+        averaged = jnp.where(falls, safe_baseline, loss) + safe_lam * rise
         scale = jnp.exp(-growth) / jnp.asarray(alpha, dtype)
         count = optax.safe_increment(state.count)
         next_lam: ArrayLike

@@ -315,6 +315,15 @@ class TestAttention:
             sums.append(weights.sum())
         assert np.argmax(np.abs(np.log(sums)) < np.log(2)) == published_steps
 
+    @pytest.mark.parametrize("temperature", [1e6, 1e10, -1e10])
+    def test_baseline_at_a_large_temperature_is_the_average_of_the_means(self, temperature):
+        attend, expected = attention(temperature, gamma=0.1), 2.0
+        state = attend.init()._replace(baseline=jnp.float32(expected))
+        for losses in self.BATCHES:
+            _, state = attend.update(losses, state)
+            expected = 0.9 * expected + 0.1 * losses.mean()
+        np.testing.assert_allclose(state.baseline, expected, rtol=1e-5)
+
     def test_one_enormous_loss(self):
         rng = np.random.default_rng(3)
         batches = rng.uniform(0, 2, size=(600, 32))
