@@ -5,6 +5,7 @@ import sys
 import jax
 import optax
 import pytest
+from hypothesis import HealthCheck, settings
 
 import absgd_jax
 
@@ -17,6 +18,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation.
 jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+# By default the cases of a test are the same every time, so that what fails is what was changed;
+# new ones are what the long profile is for.
+shared = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+}
+settings.register_profile("ci", max_examples=650, derandomize=True, **shared)
+settings.register_profile("long", max_examples=13_000, print_blob=True, **shared)
+settings.load_profile("ci")
 
 # The benchmarks come from the checkout, which is not on the path: absgd_jax is the installed one.
 spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
