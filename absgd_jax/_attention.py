@@ -21,7 +21,15 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_losses, as_mask, is_concrete
+from absgd_jax._checks import (
+    as_array,
+    as_losses,
+    as_mask,
+    check_number,
+    check_state,
+    POSITIVE,
+    SHARE,
+)
 from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     AutomaticTemperature,
@@ -194,12 +202,8 @@ def attention(
         where: ArrayLike | None = None,
         axis_name: Hashable | None = None,
     ) -> tuple[jax.Array, AttentionState]:
-        if not isinstance(state, AttentionState):
-            raise TypeError(
-                f"state must be an AttentionState, got {type(state).__name__}; start from init() "
-                "and pass on the state that update returns."
-            )
-        losses = jnp.asarray(losses)
+        check_state(state, AttentionState)
+        losses = as_array("losses", losses)
         lam = _current(temperature, state)
         loss, weights, n = tilt(losses, lam, where, axis_name)
         divergence = None
@@ -229,18 +233,21 @@ def moving_baseline(
     """
     if not callable(temperature):
         check_temperature(temperature)
-    if is_concrete(gamma) and not 0 < gamma <= 1:
-        raise ValueError(
-            f"gamma must lie in (0, 1], got {gamma}; it is the weight of the newest batch in the "
-            "moving average, one minus its decay."
-        )
-    if is_concrete(alpha) and not 0 < alpha < np.inf:
-        raise ValueError(f"alpha must be positive and finite, got {alpha}.")
+    check_number(
+        "gamma",
+        gamma,
+        SHARE,
+        "it is the weight of the newest batch in the moving average, one minus its decay",
+    )
+    check_number("alpha", alpha, POSITIVE, "the gradients are divided by it")
     if max_jump is None and isinstance(temperature, AutomaticTemperature):
         max_jump = 3.0
-    if max_jump is not None and is_concrete(max_jump) and not max_jump > 0:
-        raise ValueError(
-            f"max_jump must be positive, got {max_jump}; None leaves the average unbounded."
+    if max_jump is not None:
+        check_number(
+            "max_jump",
+            max_jump,
+            (lambda x: x > 0, "be positive"),
+            "None leaves the average unbounded",
         )
 
     def init() -> AttentionState:

@@ -1,8 +1,26 @@
-"""What several parts of the library ask of their arguments."""
+"""What several parts of the library ask of their arguments.
+
+Values are checked where they are concrete, and never those that are traced.
+"""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
+
+Condition = tuple[Callable[[Any], bool], str]  # and in words: what the number must
+
+POSITIVE: Condition = (lambda x: 0 < x < np.inf, "be positive and finite")
+NOT_NEGATIVE: Condition = (lambda x: 0 <= x < np.inf, "be 0 or more and finite")
+DECAY: Condition = (lambda x: 0 <= x < 1, "lie in [0, 1)")
+SHARE: Condition = (lambda x: 0 < x <= 1, "lie in (0, 1]")
+
+
+def whole_number(least: int) -> Condition:
+    return lambda x: hasattr(x, "__index__") and x >= least, f"be a whole number from {least} on"
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
@@ -14,9 +32,35 @@ def is_concrete(x: object) -> bool:
     return not isinstance(x, jax.Array)
 
 
+def are_numbers(x: object) -> bool:
+    """Whether x, which is concrete, is a real number or an array of these."""
+    return np.asarray(x).dtype.kind in "biuf"
+
+
+def check_number(name: str, x: Any, condition: Condition, remedy: str = "") -> None:
+    """Raises unless ``x``, the argument of that name, is a scalar and meets the condition."""
+    sound, must = condition
+    end = f"; {remedy}." if remedy else "."
+    if np.shape(x) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(x)}{end}")
+    if is_concrete(x):
+        if not are_numbers(x):
+            raise TypeError(f"{name} must be a number, got {x!r}{end}")
+        if not sound(x):
+            raise ValueError(f"{name} must {must}, got {x}{end}")
+
+
+def as_array(name: str, x: ArrayLike) -> jax.Array:
+    """``x``, the argument of that name, as an array."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an array of numbers, got {x!r}.") from None
+
+
 def as_losses(losses: ArrayLike, name: str = "losses") -> jax.Array:
     """``losses``, the argument of that name, in float32 at least: one entry an example."""
-    losses = jnp.asarray(losses)
+    losses = as_array(name, losses)
     if not jnp.issubdtype(losses.dtype, jnp.floating):
         raise TypeError(f"{name} must be floating point, got {losses.dtype}; cast them first.")
     if losses.ndim == 0:
@@ -29,7 +73,7 @@ def as_losses(losses: ArrayLike, name: str = "losses") -> jax.Array:
 
 def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax.Array:
     """``where`` as a boolean array of the shape of the losses."""
-    where = jnp.asarray(where)
+    where = as_array("where", where)
     if where.dtype != bool:
         raise TypeError(
             f"where must be boolean, got {where.dtype}; a mask of numbers needs `mask > 0`."
@@ -44,10 +88,18 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax
 
 def as_scalar(name: str, loss: ArrayLike) -> jax.Array:
     """``loss``, the argument of that name, as an array of no dimensions."""
-    loss = jnp.asarray(loss)
+    loss = as_array(name, loss)
     if loss.shape != ():
         raise ValueError(
             f"{name} must be a scalar, got shape {loss.shape}; pass robust_loss(losses, "
             "temperature), not the losses."
         )
     return loss
+
+
+def check_state(state: object, kind: type) -> None:
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state must be an {kind.__name__}, got {type(state).__name__}; start from what init "
+            "gives, and pass on the state that update returns."
+        )

@@ -19,7 +19,14 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import soft_extremum, tilted_sums
-from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._checks import (
+    as_array,
+    as_scalar,
+    at_least_float32,
+    check_number,
+    check_state,
+    whole_number,
+)
 from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     batch_divergence,
@@ -112,11 +119,12 @@ def accumulate(
       >>> print(f"{train(absgd_jax.accumulate(opt, 2), 50 * micro):.4f}")
       1.7547
     """
-    if not every_k >= 1:
-        raise ValueError(
-            f"every_k must be 1 or more, got {every_k}; it is the number of micro-batches in a "
-            "batch."
+    if not (hasattr(opt, "init") and hasattr(opt, "update")):
+        raise TypeError(
+            f"opt must be an optimiser, got {opt!r}; pass absgd, abadam, or what holds one "
+            "scale_by_attention."
         )
+    check_number("every_k", every_k, whole_number(1), "it is how many micro-batches make a batch")
 
     def init_fn(params: optax.Params) -> AccumulateState:
         return AccumulateState(
@@ -141,9 +149,12 @@ def accumulate(
         axis_name: Hashable | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, AccumulateState]:
+        check_state(state, AccumulateState)
         dtype = state.value.dtype
         lam = get_temperature(state.inner_opt_state).astype(dtype)
-        count = jnp.ones([], dtype) if where is None else jnp.sum(where).astype(dtype)
+        count = jnp.ones([], dtype)
+        if where is not None:
+            count = jnp.sum(as_array("where", where)).astype(dtype)
         count = psum(count, axis_name)
         counts = jnp.stack([state.count, count])
         parts = jnp.stack([state.value, as_value(value).astype(dtype)])
@@ -260,7 +271,9 @@ def pmerge(
     dtype = at_least_float32(part.dtype)
     lam = jnp.asarray(temperature, dtype)
     # Their share and not their number, by which a gradient in float16 could overflow.
-    count = jnp.ones([], dtype) if where is None else jnp.mean(where, dtype=dtype)
+    count = jnp.ones([], dtype)
+    if where is not None:
+        count = jnp.mean(as_array("where", where), dtype=dtype)
     shift, exp_z, sums = tilted_sums(part.astype(dtype)[None], lam, count[None], axis_name)
     # One reduction: XLA combines what does not wait for one another.
     sums, grads = lax.psum((sums, rescale(grads, exp_z[0])), axis_name)

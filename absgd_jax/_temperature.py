@@ -24,7 +24,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_losses, as_mask, as_scalar, is_concrete
+from absgd_jax._checks import as_losses, as_mask, as_scalar, check_number, NOT_NEGATIVE, POSITIVE
 from absgd_jax._reduce import psum
 
 # From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
@@ -111,10 +111,12 @@ def target_ess(
       >>> print(f"{1 / (100 * jnp.sum(weights**2)):.1f}")
       0.5
     """
-    if is_concrete(fraction) and not 0 < fraction < 1:
-        raise ValueError(
-            f"fraction must lie in (0, 1), got {fraction}; it is the effective share of the batch."
-        )
+    check_number(
+        "fraction",
+        fraction,
+        (lambda x: 0 < x < 1, "lie in (0, 1)"),
+        "it is the effective share of the batch",
+    )
     return AutomaticTemperature(
         "chi2", 1 / fraction - 1, init_value, transition_begin, rate, damping
     )
@@ -176,8 +178,7 @@ def target_kl(
       Qi et al., `Stochastic Constrained DRO with a Complexity Independent of Sample Size
       <https://arxiv.org/abs/2210.05740>`_, TMLR 2023
     """
-    if is_concrete(radius) and not 0 < radius < np.inf:
-        raise ValueError(f"radius must be positive and finite, got {radius}.")
+    check_number("radius", radius, POSITIVE, "near 0 all examples count alike")
     return AutomaticTemperature("kl", radius, init_value, transition_begin, rate, damping)
 
 
@@ -208,15 +209,18 @@ class AutomaticTemperature:
     damping: float | jax.Array
 
     def __post_init__(self) -> None:
+        if self.measure not in ("chi2", "kl"):
+            raise ValueError(f"measure must be 'chi2' or 'kl', got {self.measure!r}.")
+        check_number("target", self.target, POSITIVE)
         check_temperature(self.init_value, name="init_value")
-        if is_concrete(self.rate) and not 0 < float(self.rate) <= 0.5:
-            raise ValueError(
-                f"rate must lie in (0, 0.5], got {self.rate}; a larger one overshoots."
-            )
-        if is_concrete(self.transition_begin) and self.transition_begin < 0:
-            raise ValueError(f"transition_begin must be 0 or more, got {self.transition_begin}.")
-        if is_concrete(self.damping) and not 0 <= float(self.damping) < np.inf:
-            raise ValueError(f"damping must be 0 or more and finite, got {self.damping}.")
+        check_number("transition_begin", self.transition_begin, NOT_NEGATIVE)
+        check_number(
+            "rate",
+            self.rate,
+            (lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"),
+            "a larger one overshoots",
+        )
+        check_number("damping", self.damping, NOT_NEGATIVE)
 
     def init(self) -> TemperatureState:
         return TemperatureState(jnp.zeros([], jnp.int32), jnp.asarray(self.init_value, float))
@@ -344,18 +348,10 @@ def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None
             f"{name} must be a number here, got a schedule; pass what the schedule gives for "
             "this step, which is get_temperature(opt_state)."
         )
-    if np.shape(temperature) != ():
-        raise ValueError(
-            f"{name} must be a scalar, got shape {np.shape(temperature)}; to run several, use "
-            "jax.vmap."
-        )
-    if is_concrete(temperature):
-        if not isinstance(temperature, int | float | np.number | np.ndarray):
-            raise TypeError(
-                f"{name} must be a number, an array or a schedule, got {temperature!r}."
-            )
-        if temperature == 0 or np.isnan(temperature):
-            raise ValueError(
-                f"{name} must be neither 0 nor NaN, got {temperature}; positive leans on hard "
-                "examples, negative on easy ones, and inf is the plain mean."
-            )
+    check_number(
+        name,
+        temperature,
+        (lambda x: x != 0 and not np.isnan(x), "be neither 0 nor NaN"),
+        "positive leans on hard examples, negative on easy ones, inf is the plain mean; jax.vmap "
+        "runs several",
+    )

@@ -9,7 +9,15 @@ import optax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import AttentionState, moving_baseline
-from absgd_jax._checks import as_scalar, at_least_float32
+from absgd_jax._checks import (
+    as_array,
+    as_scalar,
+    at_least_float32,
+    check_number,
+    check_state,
+    DECAY,
+    NOT_NEGATIVE,
+)
 from absgd_jax._reduce import psum
 from absgd_jax._temperature import (
     AutomaticTemperature,
@@ -96,12 +104,14 @@ def scale_by_attention(
         **extra_args: Any,
     ) -> tuple[optax.Updates, AttentionState]:
         del params, extra_args
+        check_state(state, AttentionState)
         value = as_value(value)
         if isinstance(temperature, AutomaticTemperature) and divergence is None:
             divergence = batch_divergence(value, losses, state.temperature, where, axis_name)
             where, axis_name = divergence.n, None
         if where is not None:
-            value = jnp.where(psum(jnp.sum(where), axis_name) > 0, value, jnp.inf)
+            included = psum(jnp.sum(as_array("where", where)), axis_name)
+            value = jnp.where(included > 0, value, jnp.inf)
         scale, state = advance(value, state, divergence)
         return rescale(updates, scale), state
 
@@ -204,6 +214,9 @@ def absgd(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
+    _check_optimizer(learning_rate, weight_decay)
+    if momentum is not None:
+        check_number("momentum", momentum, DECAY, "None is plain SGD")
     return optax.chain(
         scale_by_attention(temperature, gamma=gamma, alpha=alpha, max_jump=max_jump),
         _add_decayed_weights(weight_decay),
@@ -276,11 +289,24 @@ def abadam(
       Qi et al., `Attentional-Biased Stochastic Gradient Descent
       <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
+    _check_optimizer(learning_rate, weight_decay)
+    check_number("b1", b1, DECAY)
+    check_number("b2", b2, DECAY)
+    check_number("eps", eps, NOT_NEGATIVE)
     return optax.chain(
         scale_by_attention(temperature, gamma=gamma, alpha=alpha, max_jump=max_jump),
         _add_decayed_weights(weight_decay),
         optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype),
     )
+
+
+def _check_optimizer(
+    learning_rate: optax.ScalarOrSchedule, weight_decay: float | jax.Array
+) -> None:
+    """Of what optax takes as it is."""
+    if not callable(learning_rate):
+        check_number("learning_rate", learning_rate, NOT_NEGATIVE)
+    check_number("weight_decay", weight_decay, NOT_NEGATIVE)
 
 
 def _add_decayed_weights(weight_decay: float | jax.Array) -> optax.GradientTransformation:

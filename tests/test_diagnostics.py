@@ -157,26 +157,3 @@ def test_inside_a_step():
     log_mean = 2 * scalars["robust_loss"]
     np.testing.assert_allclose(scalars["log_normalizer"], log_mean + np.log(0.9), rtol=1e-5)
     assert "class_mass/0" not in scalars
-
-
-class TestBadInput:
-    @pytest.mark.parametrize("f", [effective_sample_size, largest_weight, kl_divergence])
-    def test_weights(self, f):
-        with pytest.raises(TypeError, match="weights must be floating point, got int32"):
-            f(jnp.ones(3, jnp.int32))
-        with pytest.raises(ValueError, match="weights must hold one entry an example"):
-            f(jnp.float32(1.0))
-        with pytest.raises(ValueError, match=r"where must have the shape of weights, \(3,\)"):
-            f(jnp.ones(3), where=jnp.ones(2, bool))
-
-    def test_labels(self):
-        with pytest.raises(TypeError, match="labels must be integers, got float32"):
-            class_mass(jnp.ones(3), jnp.ones(3), 2)
-        with pytest.raises(ValueError, match=r"labels must have the shape of weights, \(3,\)"):
-            class_mass(jnp.ones(3), jnp.zeros(2, int), 2)
-        with pytest.raises(TypeError, match="num_classes is missing"):
-            summary(LOSSES, 1.0, labels=LABELS)
-
-    def test_temperature(self):
-        with pytest.raises(ValueError, match="temperature must be neither 0 nor NaN, got 0"):
-            summary(LOSSES, 0)

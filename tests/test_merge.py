@@ -305,25 +305,7 @@ class TestPmerge:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("every_k", [0, -2])
-    def test_no_micro_batches(self, every_k):
-        with pytest.raises(ValueError, match=f"every_k must be 1 or more, got {every_k}"):
-            accumulate(absgd(0.1, 1.0), every_k)
-
     def test_no_attention(self):
         opt = accumulate(optax.with_extra_args_support(optax.sgd(0.1)), 2)
         with pytest.raises(ValueError, match="must hold one AttentionState, got 0"):
             opt.update(jnp.ones(3), opt.init(jnp.ones(3)), value=1.0)
-
-    def test_value(self):
-        opt = accumulate(absgd(0.1, 1.0), 2)
-        with pytest.raises(TypeError, match="value is missing"):
-            opt.update(jnp.ones(3), opt.init(jnp.ones(3)))
-        with pytest.raises(ValueError, match=r"value must be a scalar, got shape \(4,\)"):
-            opt.update(jnp.ones(3), opt.init(jnp.ones(3)), value=jnp.ones(4))
-
-    def test_pmerge(self):
-        with pytest.raises(ValueError, match=r"loss must be a scalar, got shape \(4,\)"):
-            pmerge(jnp.ones(4), {}, 1.0, axis_name="batch")
-        with pytest.raises(ValueError, match="temperature must be neither 0 nor NaN, got 0"):
-            pmerge(1.0, {}, 0.0, axis_name="batch")

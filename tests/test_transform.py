@@ -202,32 +202,6 @@ class TestGetTemperature:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("make", [scale_by_attention, lambda t, **k: absgd(0.1, t, **k)])
-    @pytest.mark.parametrize(
-        ("temperature", "kwargs", "message"),
-        [
-            (0.0, {}, "temperature must be neither 0 nor NaN, got 0.0"),
-            (np.nan, {}, "temperature must be neither 0 nor NaN, got nan"),
-            (1.0, {"gamma": 0.0}, r"gamma must lie in \(0, 1\], got 0.0"),
-            (1.0, {"gamma": 1.1}, r"gamma must lie in \(0, 1\], got 1.1"),
-            (1.0, {"alpha": -1}, "alpha must be positive and finite, got -1"),
-            (1.0, {"max_jump": -1}, "max_jump must be positive, got -1"),
-        ],
-    )
-    def test_construction(self, make, temperature, kwargs, message):
-        with pytest.raises(ValueError, match=message):
-            make(temperature, **kwargs)
-
-    def test_missing_value(self):
-        tx = absgd(0.1, 1.0)
-        with pytest.raises(TypeError, match=r"value is missing.*tx.update.*value=loss.*attention"):
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS)
-
-    def test_losses_as_the_value(self):
-        tx = absgd(0.1, 1.0)
-        with pytest.raises(ValueError, match=r"value must be a scalar, got shape \(4,\); pass"):
-            jax.jit(tx.update)(PARAMS, tx.init(PARAMS), value=jnp.ones(4))
-
     def test_traced_hyperparameters_are_not_checked(self):
         def run(temperature, gamma):
             tx = scale_by_attention(temperature, gamma=gamma)

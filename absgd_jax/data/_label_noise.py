@@ -5,7 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from absgd_jax.data._long_tail import check_labels
+from absgd_jax._checks import are_numbers, check_number, whole_number
+from absgd_jax.data._long_tail import check_labels, generator
 
 
 def flip_labels(
@@ -60,18 +61,18 @@ def flip_labels(
       Kim et al., `NLNL: Negative Learning for Noisy Labels
       <https://arxiv.org/abs/1908.07387>`_, ICCV 2019, for the two kinds of symmetric noise
     """
+    check_number("num_classes", num_classes, whole_number(2))
     labels = check_labels(labels, num_classes)
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape [N], got {labels.shape}.")
-    if not 0 <= rate <= 1:
-        raise ValueError(
-            f"rate must lie in [0, 1], got {rate}; it is the fraction of labels that "
-            "are drawn again."
-        )
+    check_number(
+        "rate",
+        rate,
+        (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
+        "it is the fraction of labels that are drawn again",
+    )
     identity = np.eye(num_classes)
-    if not isinstance(kind, str):
+    if are_numbers(kind):
         transition = np.asarray(kind, float)
     elif kind == "symmetric":
         transition = (1 - identity) / (num_classes - 1)
@@ -91,7 +92,7 @@ def flip_labels(
             "kind must hold distributions, rows that are not negative and sum to 1, "
             f"got {transition}."
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     noisy = labels.copy()
     for c in range(num_classes):
         members = np.flatnonzero(labels == c)

@@ -5,6 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from absgd_jax._checks import are_numbers, check_number, NOT_NEGATIVE, SHARE, whole_number
+
 
 def class_counts(labels: ArrayLike, num_classes: int) -> NDArray[np.int64]:
     """Number of examples of each class.
@@ -64,13 +66,14 @@ def long_tailed_counts(
       Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019, whose code has this recipe
     """
-    if not 0 < imbalance_factor <= 1:
-        raise ValueError(
-            f"imbalance_factor must lie in (0, 1], got {imbalance_factor}; it "
-            "is the size of the rarest class by that of the most frequent."
-        )
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}.")
+    check_number(
+        "imbalance_factor",
+        imbalance_factor,
+        SHARE,
+        "it is the size of the rarest class by that of the most frequent",
+    )
+    check_number("num_classes", num_classes, whole_number(2))
+    check_number("max_count", max_count, whole_number(1))
     if kind == "exp":
         exponents = [c / (num_classes - 1) for c in range(num_classes)]
     elif kind == "step":
@@ -125,16 +128,21 @@ def long_tailed_indices(
     """
     labels = np.asarray(labels)
     num_classes = np.unique(labels).size
+    if labels.ndim != 1 or num_classes < 2:
+        raise ValueError(
+            "labels must have shape [N] and be of two classes or more, got "
+            f"{labels.shape} of {num_classes}."
+        )
     available = class_counts(labels, num_classes)
     if max_count is None:
         max_count = int(available.min())
     counts = long_tailed_counts(max_count, num_classes, imbalance_factor, kind=kind)
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
-    if not np.array_equal(np.sort(order), np.arange(num_classes)):
+    if order.shape != (num_classes,) or np.any(np.sort(order) != np.arange(num_classes)):
         raise ValueError(
             f"class_order must be a permutation of 0, ..., {num_classes - 1}, got {order}."
         )
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     chosen = []
     for c, count in zip(order, counts, strict=True):
         if available[c] < count:
@@ -160,7 +168,8 @@ def split_by_count(
       The classes of the three groups, in that order.
 
     Raises:
-      ValueError: ``few`` is larger than ``many``.
+      ValueError: ``few`` is larger than ``many``, or a number is negative.
+      TypeError: ``many`` or ``few`` is not a number.
 
     Examples:
       >>> from absgd_jax.data import split_by_count
@@ -172,9 +181,13 @@ def split_by_count(
       Liu et al., `Large-Scale Long-Tailed Recognition in an Open World
       <https://arxiv.org/abs/1904.05160>`_, CVPR 2019
     """
+    for name, x in (("many", many), ("few", few)):
+        check_number(name, x, NOT_NEGATIVE, "it is a number of examples")
     if few > many:
         raise ValueError(f"few must not exceed many, got {few} and {many}.")
     counts = np.asarray(counts)
+    if counts.ndim != 1 or not are_numbers(counts) or not np.all(counts >= 0):
+        raise ValueError(f"counts must hold one number a class, not negative, got {counts}.")
     return (
         np.flatnonzero(counts > many),
         np.flatnonzero((counts >= few) & (counts <= many)),
@@ -186,7 +199,17 @@ def check_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
     labels = np.asarray(labels)
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
+    check_number("num_classes", num_classes, whole_number(1))
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if wrong.size:
         raise ValueError(f"labels must lie in [0, {num_classes}), got {wrong[0]}.")
     return labels
+
+
+def generator(seed: int | np.random.Generator) -> np.random.Generator:
+    try:
+        if seed is not None:  # which NumPy would take, for numbers that no one has again
+            return np.random.default_rng(seed)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f"seed must be a whole number from 0 on or a NumPy generator, got {seed!r}.")

@@ -8,7 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._attention import tilt
-from absgd_jax._checks import as_losses, as_mask
+from absgd_jax._checks import as_array, as_losses, as_mask, check_number, whole_number
 from absgd_jax._reduce import psum
 from absgd_jax._temperature import check_temperature, is_flat
 
@@ -130,7 +130,8 @@ def class_mass(
 
     Raises:
       TypeError: As :func:`effective_sample_size`, or ``labels`` are not integers.
-      ValueError: As :func:`effective_sample_size`, or ``labels`` have another shape.
+      ValueError: As :func:`effective_sample_size`; ``labels`` have another shape; or
+        ``num_classes`` is less than 1.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -138,14 +139,15 @@ def class_mass(
       >>> print(class_mass(jnp.array([1.0, 1.0, 2.0]), jnp.array([0, 0, 1]), num_classes=3))
       [0.5 0.5 0. ]
     """
-    labels = jnp.asarray(labels)
+    check_number("num_classes", num_classes, whole_number(1))
+    shares, _ = _shares(weights, where, axis_name)
+    labels = as_array("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
-    if labels.shape != jnp.shape(weights):
+    if labels.shape != shares.shape:
         raise ValueError(
-            f"labels must have the shape of weights, {jnp.shape(weights)}, got {labels.shape}."
+            f"labels must have the shape of weights, {shares.shape}, got {labels.shape}."
         )
-    shares, _ = _shares(weights, where, axis_name)
     # One-hot, since a scatter does not work over a sharded axis.
     one_hot = jax.nn.one_hot(labels, num_classes, dtype=shares.dtype)
     mass = jnp.sum(one_hot * shares[..., None], axis=tuple(range(shares.ndim)))
@@ -213,7 +215,9 @@ def summary(
         "kl_divergence": kl_divergence(weights, where=where, axis_name=axis_name),
     }
     if baseline is not None:
-        baseline = jnp.asarray(baseline, losses.dtype)
+        baseline = as_array("baseline", baseline).astype(losses.dtype)
+        if baseline.shape != ():
+            raise ValueError(f"baseline must be a scalar, got shape {baseline.shape}.")
         weighted = jnp.isfinite(baseline) & ~is_flat(lam)
         for name, x in (("", baseline), ("_drift", loss - baseline)):
             scalars[f"log_normalizer{name}"] = jnp.where(weighted, x, 0) / jnp.where(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import is_concrete
+from absgd_jax._checks import check_number, NOT_NEGATIVE
 from absgd_jax._reduce import psum
 from absgd_jax.losses._labels import canonicalize, distribution, expected
 from absgd_jax.losses._priors import positive_counts
@@ -59,8 +59,7 @@ def balanced_softmax(
       <https://arxiv.org/abs/2007.07314>`_, ICLR 2021
     """
     logits, labels, where = canonicalize(logits, labels, where)
-    if is_concrete(tau) and not tau >= 0:
-        raise ValueError(f"tau must not be negative, got {tau}; 1 is balanced softmax.")
+    check_number("tau", tau, NOT_NEGATIVE, "1 is balanced softmax")
     counts, met = positive_counts(class_counts, logits)
     return _balanced(logits, labels, where, tau * jnp.log(counts), met)
 

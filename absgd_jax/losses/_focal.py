@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import is_concrete
+from absgd_jax._checks import check_number, NOT_NEGATIVE
 from absgd_jax.losses._labels import canonicalize, expected
+from absgd_jax.losses._priors import check_per_class
 
 
 def focal(
@@ -49,15 +49,10 @@ def focal(
       <https://arxiv.org/abs/1708.02002>`_, ICCV 2017
     """
     logits, labels, where = canonicalize(logits, labels, where)
-    if is_concrete(gamma) and not gamma >= 0:
-        raise ValueError(f"gamma must not be negative, got {gamma}; 0 is cross-entropy.")
+    check_number("gamma", gamma, NOT_NEGATIVE, "0 is cross-entropy")
     if alpha is None:
         alpha = jnp.ones(logits.shape[-1:], logits.dtype)
-    if np.shape(alpha) != logits.shape[-1:]:
-        raise ValueError(
-            f"alpha must hold one weight a class, shape {logits.shape[-1:]}, got shape "
-            f"{np.shape(alpha)}."
-        )
+    check_per_class("alpha", alpha, logits)
 
     def loss(log_p: jax.Array, alpha: jax.Array) -> jax.Array:
         # At p = 1 and gamma < 1 the power has an infinite derivative, so it must not see a 0.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_mask, at_least_float32, is_concrete
+from absgd_jax._checks import as_array, as_mask, at_least_float32, is_concrete
 
 
 def canonicalize(
@@ -18,7 +18,7 @@ def canonicalize(
     distributions: bool = True,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Checked logits in float32 or wider, labels, and mask; what is masked out is set to zero."""
-    logits = jnp.asarray(logits)
+    logits = as_array("logits", logits)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating point, got {logits.dtype}; cast them.")
     if logits.ndim == 0:

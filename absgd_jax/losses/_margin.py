@@ -4,7 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import at_least_float32, is_concrete
+from absgd_jax._checks import (
+    as_array,
+    at_least_float32,
+    check_number,
+    NOT_NEGATIVE,
+    POSITIVE,
+)
 from absgd_jax.losses._labels import canonicalize, distribution, expected
 from absgd_jax.losses._priors import positive_counts
 
@@ -56,10 +62,8 @@ def ldam(
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019
     """
     logits, labels, where = canonicalize(logits, labels, where, distributions=False)
-    if is_concrete(max_margin) and not max_margin >= 0:
-        raise ValueError(f"max_margin must not be negative, got {max_margin}.")
-    if is_concrete(scale) and not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}.")
+    check_number("max_margin", max_margin, NOT_NEGATIVE)
+    check_number("scale", scale, POSITIVE)
     counts, _ = positive_counts(class_counts, logits)
     margins = max_margin * (jnp.min(counts) / counts) ** 0.25
     logits -= distribution(labels, logits) * jnp.broadcast_to(margins, logits.shape)
@@ -83,6 +87,10 @@ def normalized_logits(features: ArrayLike, kernel: ArrayLike) -> jax.Array:
     Returns:
       Logits of shape ``[..., C]`` in [-1, 1], in float32 or wider.
 
+    Raises:
+      TypeError: An argument is not floating point.
+      ValueError: An argument has another shape.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> from absgd_jax.losses import normalized_logits
@@ -90,11 +98,19 @@ def normalized_logits(features: ArrayLike, kernel: ArrayLike) -> jax.Array:
       [[0.6 0.8]
        [0.  0. ]]
     """
+    features, kernel = as_array("features", features), as_array("kernel", kernel)
+    for name, x in (("features", features), ("kernel", kernel)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating point, got {x.dtype}; cast them.")
+    if features.ndim == 0 or kernel.ndim != 2 or features.shape[-1] != kernel.shape[0]:
+        raise ValueError(
+            "features must have shape [..., D] and kernel [D, C], got "
+            f"{features.shape} and {kernel.shape}."
+        )
     return _normalize(features, axis=-1) @ _normalize(kernel, axis=0)
 
 
-def _normalize(x: ArrayLike, axis: int) -> jax.Array:
-    x = jnp.asarray(x)
+def _normalize(x: jax.Array, axis: int) -> jax.Array:
     x = x.astype(at_least_float32(x.dtype))
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     # The root has an infinite derivative at 0, so it must not see a 0.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import is_concrete
+from absgd_jax._checks import are_numbers, check_number, DECAY, is_concrete, NOT_NEGATIVE
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -39,10 +39,7 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples
       <https://arxiv.org/abs/1901.05555>`_, CVPR 2019
     """
-    if is_concrete(beta) and not 0 <= beta < 1:
-        raise ValueError(
-            f"beta must lie in [0, 1), got {beta}; its limit at 1 is inverse_frequency_weights."
-        )
+    check_number("beta", beta, DECAY, "its limit at 1 is inverse_frequency_weights")
     counts, _ = positive_counts(class_counts)
     # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999.
     return _normalize(-1 / jnp.expm1(counts * jnp.log1p(-jnp.asarray(1 - beta, counts.dtype))))
@@ -83,6 +80,10 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
     Returns:
       A schedule, step -> weights of shape ``[C]``; the step may be traced.
 
+    Raises:
+      ValueError: ``weights`` has another shape, a negative or no positive entry; or ``start`` is
+        negative.
+
     Examples:
       >>> from absgd_jax.losses import deferred_weights, inverse_frequency_weights
       >>> schedule = deferred_weights(inverse_frequency_weights([40, 40, 20]), start=100)
@@ -93,6 +94,8 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
       Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019
     """
+    check_per_class("weights", weights)
+    check_number("start", start, NOT_NEGATIVE, "it is the first step that has the weights")
     weights = jnp.asarray(weights)
     return lambda step: jnp.where(step < start, jnp.ones_like(weights), weights)
 
@@ -106,23 +109,29 @@ def positive_counts(
     met counts as the rarest of the others instead, which leaves the counts' unit open: fractions
     will do.
     """
-    shape = np.shape(class_counts)
-    if len(shape) != 1 or (logits is not None and shape != logits.shape[-1:]):
-        raise ValueError(
-            f"class_counts must hold one count a class, shape "
-            f"{'[C]' if logits is None else logits.shape[-1:]}, got shape {shape}."
-        )
-    if is_concrete(class_counts):
-        concrete = np.asarray(class_counts)
-        if not (np.all((concrete >= 0) & (concrete < np.inf)) and np.any(concrete > 0)):
-            raise ValueError(
-                f"class_counts must be finite, not negative and not all zero, got {class_counts}."
-            )
+    check_per_class("class_counts", class_counts, logits)
     counts = jnp.asarray(class_counts, float if logits is None else logits.dtype)
     met = counts > 0
     # 1 if all are zero, which traced ones may be: the batch counts of a batch that is masked whole.
     rarest = jnp.min(counts, where=met, initial=jnp.maximum(jnp.max(counts), 1))
     return jnp.where(met, counts, rarest), met
+
+
+def check_per_class(name: str, x: ArrayLike, logits: jax.Array | None = None) -> None:
+    """Raises unless ``x`` holds a number a class: finite, not negative and not all zero."""
+    wanted, shape = None if logits is None else logits.shape[-1:], np.shape(x)
+    if len(shape) != 1 or wanted not in (None, shape):
+        raise ValueError(
+            f"{name} must hold one number a class, shape {wanted or '[C]'}, got shape {shape}."
+        )
+    if is_concrete(x):
+        numbers = np.asarray(x)
+        if not (
+            are_numbers(numbers)
+            and np.all((numbers >= 0) & (numbers < np.inf))
+            and np.any(numbers > 0)
+        ):
+            raise ValueError(f"{name} must be finite, not negative and not all zero, got {x}.")
 
 
 def _normalize(weights: jax.Array) -> jax.Array:

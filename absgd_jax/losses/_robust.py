@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import is_concrete
+from absgd_jax._checks import check_number, DECAY, NOT_NEGATIVE, SHARE
 from absgd_jax.losses._labels import canonicalize, distribution, expected
 
 
@@ -53,10 +54,14 @@ def symmetric_cross_entropy(
       <https://arxiv.org/abs/1908.06112>`_, ICCV 2019
     """
     logits, labels, where = canonicalize(logits, labels, where)
-    if is_concrete(log_zero) and not log_zero < 0:
-        raise ValueError(
-            f"log_zero must be negative, got {log_zero}; it stands for the logarithm of 0."
-        )
+    check_number("alpha", alpha, NOT_NEGATIVE)
+    check_number("beta", beta, NOT_NEGATIVE)
+    check_number(
+        "log_zero",
+        log_zero,
+        (lambda x: -np.inf < x < 0, "be negative and finite"),
+        "it stands for the logarithm of 0",
+    )
     log_p, q = jax.nn.log_softmax(logits), distribution(labels, logits)
     forward = expected(jnp.negative, labels, log_p)
     log_q = jnp.log(jnp.where(q > 0, q, 1))  # a logarithm of 0 would be NaN in the labels' gradient
@@ -110,10 +115,8 @@ def generalized_cross_entropy(
       Labels <https://arxiv.org/abs/1805.07836>`_, NeurIPS 2018
     """
     logits, labels, where = canonicalize(logits, labels, where)
-    if is_concrete(q) and not 0 < q <= 1:
-        raise ValueError(f"q must lie in (0, 1], got {q}; its limit at 0 is cross-entropy.")
-    if is_concrete(truncation) and not 0 <= truncation < 1:
-        raise ValueError(f"truncation must lie in [0, 1), got {truncation}; 0 truncates nothing.")
+    check_number("q", q, SHARE, "its limit at 0 is cross-entropy")
+    check_number("truncation", truncation, DECAY, "0 truncates nothing")
     lowest = jnp.log(jnp.asarray(truncation, logits.dtype))
 
     def loss(log_p: jax.Array) -> jax.Array:
