@@ -130,13 +130,31 @@ def plot(args: argparse.Namespace, records: list[dict[str, Any]], path: pathlib.
 def main() -> None:
     parser = report.make_parser(__doc__, seeds=5, out="out/convergence")
     add = parser.add_argument
-    add("--temperatures", type=float, nargs="+", default=[0.5, -1.5], help="λ")
-    add("--batch-sizes", type=int, nargs="+", default=[8, 32], help="n")
-    add("--steps", type=int, nargs="+", default=[1_000, 10_000, 100_000], help="lengths of runs")
-    add("--gamma", type=float, default=0.1, help="beside which 1, no average, is run")
-    add("--learning-rate", type=float, default=0.05, help="peak, after a warm-up; then a cosine")
-    add("--weight-decay", type=float, default=1e-2, help="μ")
-    args = report.parse(parser)
+    add(
+        "--temperatures",
+        type=report.number(float, lambda x: 0 < abs(x) < np.inf, "be a finite λ other than 0"),
+        nargs="+",
+        default=[0.5, -1.5],
+        help="λ",
+    )
+    size = report.whole_number(1)
+    add("--batch-sizes", type=size, nargs="+", default=[8, 32], help="n")
+    add("--steps", type=size, nargs="+", default=[1_000, 10_000, 100_000], help="lengths of runs")
+    add(
+        "--gamma",
+        type=report.above_zero,
+        default=0.1,
+        help="beside which 1, no average, is run",
+    )
+    add(
+        "--learning-rate",
+        type=report.positive,
+        default=0.05,
+        help="peak, after a warm-up; then a cosine",
+    )
+    add("--weight-decay", type=report.positive, default=1e-2, help="μ")
+    args = parser.parse_args()
+    report.make_folder(parser, args.out)
     jax.config.update("jax_enable_x64", True)
 
     images, labels = load_digits(return_X_y=True)

@@ -135,10 +135,15 @@ def main() -> None:
     parser = options.make_parser(__doc__, LOSSES, seeds=10, out="out/longtail")
     parser.set_defaults(methods=["cross_entropy", "balanced_softmax"])
     add = parser.add_argument
-    add("--imbalance", type=float, default=0.05, help="images of the smallest class / largest")
+    add(
+        "--imbalance",
+        type=report.above_zero,
+        default=0.05,
+        help="images of the smallest class / largest",
+    )
     add(
         "--give",
-        type=float,
+        type=report.not_negative,
         default=0.0,
         metavar="POINTS",
         help="of validation accuracy that a choice may cost, for more on the rare classes",

@@ -139,7 +139,11 @@ def main() -> None:
         metavar="KIND:RATE",
         help="symmetric or asymmetric, and the share of wrong labels",
     )
-    add("--examples", type=int, help="training examples of a run; all, if not given")
+    add(
+        "--examples",
+        type=report.whole_number(1),
+        help="training examples of a run; all, if not given",
+    )
     args, train, test = options.parse(parser)
     images = comparison.on_device(args, train, test)
     classes = int(train.labels.max()) + 1

@@ -96,14 +96,20 @@ def make_parser(
     add("--dataset", choices=datasets.NAMES, default="digits", help="what to train on")
     add("--data-dir", type=pathlib.Path, help="folder with the files of the data set")
     add("--model", choices=models.NAMES, help="what to train")
-    add("--hidden", type=int, nargs="+", metavar="WIDTH", help="hidden layers of the MLP")
+    add(
+        "--hidden",
+        type=report.whole_number(1),
+        nargs="+",
+        metavar="WIDTH",
+        help="hidden layers of the MLP",
+    )
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
-    add("--epochs", type=int, help="passes over the data")
-    add("--batch-size", type=int, help="examples a step")
+    add("--epochs", type=report.whole_number(1), help="passes over the data")
+    add("--batch-size", type=report.whole_number(1), help="examples a step")
     add("--augment", action=argparse.BooleanOptionalAction, help="random crops and flips")
     add(
         "--learning-rates",
-        type=float,
+        type=report.positive,
         nargs="+",
         default=[0.01, 0.03, 0.1, 0.3],
         metavar="RATE",
@@ -121,13 +127,13 @@ def make_parser(
     )
     add(
         "--second-stage",
-        type=float,
+        type=report.share,
         default=0.8,
         help="share of the epochs before class weights, truncation and fine-tuning set in",
     )
     add(
         "--fine-tune-from",
-        type=int,
+        type=report.whole_number(0),
         default=0,
         metavar="BLOCK",
         help="in the second stage, train this block and those above it alone",
@@ -135,46 +141,56 @@ def make_parser(
     add("--schedule", choices=["step", "cosine", "constant"], default="step", help="of the rate")
     add(
         "--milestones",
-        type=float,
+        type=report.share,
         nargs="*",
         default=[0.8, 0.9],
         metavar="SHARE",
         help="of the epochs, after which the rate falls",
     )
-    add("--decay", type=float, default=0.01, help="what it is multiplied by then")
-    add("--warm-up", type=float, default=0.025, help="share of the epochs")
-    add("--momentum", type=float, default=0.9, help="of SGD")
-    add("--weight-decay", type=float, default=2e-4, help="L2 coefficient")
-    add("--gamma", type=float, default=0.9, help="weight of the newest batch in ABSGD's average")
-    add("--search-seeds", type=int, default=5, help="seeds of every setting of the search")
+    add("--decay", type=report.not_negative, default=0.01, help="what it is multiplied by then")
+    add("--warm-up", type=report.below_one, default=0.025, help="share of the epochs")
+    add("--momentum", type=report.below_one, default=0.9, help="of SGD")
+    add("--weight-decay", type=report.not_negative, default=2e-4, help="L2 coefficient")
+    add(
+        "--gamma",
+        type=report.above_zero,
+        default=0.9,
+        help="weight of the newest batch in ABSGD's average",
+    )
+    add(
+        "--search-seeds",
+        type=report.whole_number(1),
+        default=5,
+        help="seeds of every setting of the search",
+    )
     add(
         "--validation",
-        type=float,
+        type=report.number(float, lambda x: 0 < x < 1, "lie in (0, 1)"),
         default=0.2,
         help="share of the smallest class that the search holds out of every class",
     )
     add(
         "--at-once",
-        type=int,
+        type=report.whole_number(1),
         help="runs in one compiled program; if not given 1000, or 1 where there are convolutions, "
         "which are slow side by side",
     )
     add(
         "--checkpoint-every",
-        type=float,
+        type=report.not_negative,
         default=30.0,
         metavar="SECONDS",
         help="between checkpoints",
     )
-    add("--devices", type=int, help="to spread a batch over; all, if not given")
+    add("--devices", type=report.whole_number(1), help="to spread a batch over; all, if not given")
     add(
         "--coordinator",
         metavar="HOST:PORT",
         help="address of process 0, where several processes share the work and --out; or auto, "
         "where JAX knows the cluster",
     )
-    add("--num-processes", type=int, help="number of processes, if not auto")
-    add("--process-id", type=int, help="number of this one, from 0, if not auto")
+    add("--num-processes", type=report.whole_number(1), help="number of processes, if not auto")
+    add("--process-id", type=report.whole_number(0), help="number of this one, from 0, if not auto")
     add("--tensorboard", action="store_true", help="write event files, too")
     return parser
 
@@ -184,7 +200,14 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
     parser.set_defaults(**DIGITS)
     if parser.parse_known_args()[0].dataset != "digits":
         parser.set_defaults(**PAPERS)
-    args = report.parse(parser)
+    args = parser.parse_args()
+    if args.coordinator not in (None, "auto"):
+        if ":" not in args.coordinator:
+            parser.error(f"--coordinator must be HOST:PORT or auto, got {args.coordinator}")
+        if None in (args.num_processes, args.process_id):
+            parser.error("--coordinator HOST:PORT needs --num-processes and --process-id")
+        if args.process_id >= args.num_processes:
+            parser.error(f"--process-id must be less than --num-processes, got {args.process_id}")
     if args.coordinator == "auto":
         jax.distributed.initialize()
     elif args.coordinator:
@@ -194,18 +217,9 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
     args.devices = args.devices or jax.device_count()
     blocks = {"linear": 0, "mlp": len(args.hidden), "cnn": 3, "resnet32": 4}[args.model]
     for flag, sound, remedy in (
-        ("epochs", args.epochs >= 1, "be positive"),
-        ("batch_size", args.batch_size >= 1, "be positive"),
-        ("search_seeds", args.search_seeds >= 1, "be positive"),
-        ("at_once", args.at_once >= 1, "be positive"),
-        ("devices", 1 <= args.devices <= jax.device_count(), f"lie in [1, {jax.device_count()}]"),
+        ("devices", args.devices <= jax.device_count(), f"lie in [1, {jax.device_count()}]"),
         ("batch_size", args.batch_size % args.devices == 0, "be a multiple of --devices"),
-        ("learning_rates", min(args.learning_rates) > 0, "be positive"),
-        ("gamma", 0 < args.gamma <= 1, "lie in (0, 1]"),
-        ("validation", 0 < args.validation < 1, "lie in (0, 1)"),
-        ("second_stage", 0 <= args.second_stage <= 1, "lie in [0, 1]"),
-        ("warm_up", 0 <= args.warm_up < 1, "lie in [0, 1)"),
-        ("fine_tune_from", 0 <= args.fine_tune_from <= blocks, f"lie in [0, {blocks}]"),
+        ("fine_tune_from", args.fine_tune_from <= blocks, f"lie in [0, {blocks}]"),
     ):
         if not sound:
             value = getattr(args, flag)
@@ -219,6 +233,7 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
 
 def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Empties ``args.out`` for a new run, or checks that it holds the one to go on with."""
+    report.make_folder(parser, args.out)
     path = args.out / "config.json"
     config = report.describe(args) | {"finished": False}
     earlier = json.loads(path.read_text()) if path.exists() else {}

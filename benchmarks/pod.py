@@ -201,12 +201,9 @@ def main() -> None:
     add("--topologies", nargs="+", default=default, metavar="NAME", help="as XLA names them")
     default = ["axis_name", "pmerge"]
     add("--steps", nargs="+", choices=STEPS[1:], default=default, help="to compare with sgd")
-    add("--batch-size", type=int, default=128, help="examples a device")
+    add("--batch-size", type=report.whole_number(1), default=128, help="examples a device")
     add("--out", type=pathlib.Path, default="out/pod", help="folder to write to")
     args = parser.parse_args()
-    if args.batch_size < 1:
-        parser.error(f"--batch-size must be 1 or more, got {args.batch_size}")
-    args.out.mkdir(parents=True, exist_ok=True)
 
     # The TPU's compiler asks for these where there is no TPU; it is not the device to run on.
     os.environ |= {
@@ -218,8 +215,12 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     meshes = {}
     for name in args.topologies:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        try:
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        except Exception as error:  # of what kind depends on the version of libtpu
+            parser.error(f"--topologies must be known to the TPU's compiler, got {name}: {error}")
         meshes[name] = Mesh(np.array(topology.devices), (AXIS,), axis_types=(AxisType.Auto,))
+    report.make_folder(parser, args.out)
 
     results, rows = [], [HEAD]
     for model, topology in tqdm(list(itertools.product(args.models, args.topologies))):

@@ -4,11 +4,12 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 import jax
@@ -20,18 +21,46 @@ def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=seeds, help="number of seeds, 2 or more")
+    parser.add_argument(
+        "--seeds", type=whole_number(2), default=seeds, help="number of seeds, 2 or more"
+    )
     parser.add_argument("--out", type=pathlib.Path, default=out, help="folder to write to")
     return parser
 
 
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The checked arguments; the output folder exists."""
-    args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error(f"--seeds must be 2 or more for a spread, got {args.seeds}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    return args
+def number(
+    kind: Callable[[float], Any], sound: Callable[[float], bool], must: str
+) -> Callable[[str], Any]:
+    """The type of a flag whose number has to be sound; 1e6 is a whole number, too."""
+
+    def parse(text: str) -> Any:
+        try:
+            x = float(text)
+            if not sound(x):
+                raise ValueError
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must {must}, got {text}") from None
+        return kind(x)
+
+    return parse
+
+
+def whole_number(least: int) -> Callable[[str], int]:
+    return number(int, lambda x: x >= least and x % 1 == 0, f"be a whole number from {least} on")
+
+
+positive = number(float, lambda x: 0 < x < math.inf, "be positive and finite")
+not_negative = number(float, lambda x: 0 <= x < math.inf, "be 0 or more and finite")
+share = number(float, lambda x: 0 <= x <= 1, "lie in [0, 1]")
+below_one = number(float, lambda x: 0 <= x < 1, "lie in [0, 1)")
+above_zero = number(float, lambda x: 0 < x <= 1, "lie in (0, 1]")
+
+
+def make_folder(parser: argparse.ArgumentParser, path: pathlib.Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--out must be a folder to write to, got {path}: {error.strerror}")
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

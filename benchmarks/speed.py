@@ -459,28 +459,17 @@ def write(args: argparse.Namespace, config: Record, found: dict[str, list[Record
     report.write_table(args, *parts)
 
 
-def number(text: str) -> int:
-    """``"1e6"``, too."""
-    try:
-        x = float(text)
-        if not 1 <= x == int(x):
-            raise ValueError
-    except (OverflowError, ValueError):
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text}") from None
-    return int(x)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    add = parser.add_argument
+    add, number = parser.add_argument, report.whole_number(1)
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to run")
     add("--models", nargs="+", choices=steps.MODELS, default=list(steps.MODELS), help="to train")
     add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of ABSGD, beside SGD")
     add("--batch-size", type=number, default=128, help="examples a step and device")
     add("--repeats", type=number, default=20, help="times that everything is timed")
-    add("--seconds", type=float, default=0.5, help="that one timing takes, about")
+    add("--seconds", type=report.positive, default=0.5, help="that one timing takes, about")
     add("--compilations", type=number, default=5, help="times that every form is compiled")
     default = [2**k for k in (10, 13, 16, 19, 22, 25)]
     add("--losses", type=number, nargs="+", default=default, metavar="N", help="of growth")
@@ -496,8 +485,6 @@ def main() -> None:
     add("--torch-python", default=sys.executable, metavar="FILE", help="interpreter with PyTorch")
     add("--out", type=pathlib.Path, default="out/speed", help="folder to write to")
     args = parser.parse_args()
-    if not args.seconds > 0:
-        parser.error(f"--seconds must be positive, got {args.seconds}")
     if shutil.which(args.torch_python) is None:
         parser.error(f"--torch-python must be an interpreter, got {args.torch_python}")
     # On a CPU there are as many as one asks for.
@@ -505,7 +492,7 @@ def main() -> None:
     args.devices = args.devices or [n for n in (1, 2, 4, 8) if n <= most]
     if max(args.devices) > most:
         parser.error(f"--devices must not exceed {most}, got {args.devices}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    report.make_folder(parser, args.out)
 
     # What is read from a cache is not compiled.
     jax.config.update("jax_enable_compilation_cache", False)

@@ -144,8 +144,20 @@ def main() -> None:
         temperatures=[options.parse_stages(text) for text in grid],
     )
     add = parser.add_argument
-    add("--gammas", type=float, nargs="+", default=[0.9], metavar="GAMMA", help="in (0, 1]")
-    add("--imbalance", type=float, default=0.05, help="images of the smallest class / largest")
+    add(
+        "--gammas",
+        type=report.above_zero,
+        nargs="+",
+        default=[0.9],
+        metavar="GAMMA",
+        help="in (0, 1]",
+    )
+    add(
+        "--imbalance",
+        type=report.above_zero,
+        default=0.05,
+        help="images of the smallest class / largest",
+    )
     add(
         "--noise",
         type=noise.parse_noise,
@@ -154,13 +166,16 @@ def main() -> None:
     )
     add(
         "--examples",
-        type=int,
+        type=report.whole_number(1),
         help="training examples of a run with wrong labels; all, if not given",
     )
-    add("--timed", type=int, default=16, help="runs whose time is compared; 0 for none")
+    add(
+        "--timed",
+        type=report.whole_number(0),
+        default=16,
+        help="runs whose time is compared; 0 for none",
+    )
     args, train, test = options.parse(parser)
-    if not 0 < min(args.gammas) <= max(args.gammas) <= 1:
-        parser.error(f"--gammas must lie in (0, 1], got {args.gammas}")
     labels = train.labels, test.labels
     classes = int(train.labels.max()) + 1
     if args.noise:

@@ -111,7 +111,8 @@ def main():
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.copy_(torch.tensor(arrays.pop(name)))
-    assert not arrays, f"parameters that the network lacks: {list(arrays)}"
+    if arrays:
+        parser.error(f"file must hold the parameters of --model, got {list(arrays)} beside them")
     network = network.to(device, memory_format=torch.channels_last)
     optimizer = ABSGD(network.parameters(), lr=args.learning_rate)
     criterion = ABLoss(args.temperature)

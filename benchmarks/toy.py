@@ -133,10 +133,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
-    parser.add_argument("--seed", type=int, default=0, help="of points, network and batches")
+    parser.add_argument(
+        "--seed", type=report.whole_number(0), default=0, help="of points, network and batches"
+    )
     parser.add_argument("--out", type=pathlib.Path, default="out/toy", help="folder to write to")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    report.make_folder(parser, args.out)
 
     figure, panels = plt.subplots(2, 3, figsize=(9, 6.9), layout="constrained")
     records = [r for row, line in zip(ROWS, panels, strict=True) for r in run(row, args.seed, line)]

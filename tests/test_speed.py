@@ -260,24 +260,3 @@ def test_beside_torch(tmp_path):
     # One loss an image: there is no network of tokens in the authors' package.
     assert not any("transformer" in name for name in results)
     assert matplotlib.image.imread(tmp_path / "out" / "torch.png").std() > 0.05
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("--parts jax", "invalid choice: 'jax'"),
-        ("--models vgg", "invalid choice: 'vgg'"),
-        ("--forms sgd", "invalid choice: 'sgd'"),
-        ("--batch-size 0", "--batch-size: must be a whole number from 1 on, got 0"),
-        ("--losses 1e3 many", "--losses: must be a whole number from 1 on, got many"),
-        ("--repeats 2.5", "--repeats: must be a whole number from 1 on, got 2.5"),
-        ("--seconds 0", "--seconds must be positive, got 0"),
-        ("--torch-python nowhere/python", "--torch-python must be an interpreter, got nowhere"),
-    ],
-)
-def test_bad_flags(options, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["speed", *options.split(), "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="2"):
-        speed.main()
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
