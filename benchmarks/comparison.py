@@ -95,7 +95,10 @@ def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Sou
             f"got {args.batch_size}"
         )
     if jax.process_index() == 0:
-        options.open_folder(parser, args)
+        try:
+            options.open_folder(parser, args)
+        except OSError as error:
+            parser.error(report.cannot_write(args.out, error))
     sync_global_devices("the folder is ready")
 
 
@@ -205,16 +208,21 @@ def progress(args: argparse.Namespace, tasks: int, sizes: list[int]) -> Iterator
         hidden = jax.process_index() > 0
         with tqdm(total=tasks * epochs, unit="epoch", disable=hidden) as bar:
             yield bar
+        if jax.process_index() == 0:
+            path = args.out / "config.json"
+            report.save(path, json.loads(path.read_text()) | {"finished": True})
     except KeyboardInterrupt:
         print(
             f"\nstopped; {args.out} has the results so far, and --resume goes on", file=sys.stderr
         )
         raise SystemExit(130) from None
+    except OSError as error:
+        raise SystemExit(
+            f"\n{report.cannot_write(args.out, error)}; --resume goes on from the last checkpoint"
+        ) from None
     finally:
         signal.signal(signal.SIGINT, before)
     if jax.process_index() == 0:
-        path = args.out / "config.json"
-        report.save(path, json.loads(path.read_text()) | {"finished": True})
         print((args.out / "table.md").read_text())
 
 

@@ -231,6 +231,13 @@ def parse(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, Split, S
     return args, train, test
 
 
+class LogFile(logging.FileHandler):
+    """One that raises what it meets, such as a full disk, where logging would print it."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        raise
+
+
 def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Empties ``args.out`` for a new run, or checks that it holds the one to go on with."""
     report.make_folder(parser, args.out)
@@ -244,7 +251,8 @@ def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
                 "it, or name another folder"
             )
         for folder in ("runs", "checkpoints", "tensorboard"):
-            shutil.rmtree(args.out / folder, ignore_errors=True)
+            if (args.out / folder).exists():
+                shutil.rmtree(args.out / folder)
         (args.out / "log.txt").unlink(missing_ok=True)
     elif earlier:
         before, now = earlier["arguments"], config["arguments"]
@@ -254,7 +262,7 @@ def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
             listed = ", ".join(f"{k} {before.get(k)}, now {now[k]}" for k in changed)
             parser.error(f"--resume needs the arguments of the run in {args.out}, got {listed}")
     report.save(path, config)
-    handler = logging.FileHandler(args.out / "log.txt")
+    handler = LogFile(args.out / "log.txt")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     training.log.addHandler(handler)
     training.log.setLevel(logging.INFO)

@@ -9,6 +9,7 @@ import os
 import pathlib
 import platform
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
@@ -60,7 +61,14 @@ def make_folder(parser: argparse.ArgumentParser, path: pathlib.Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        parser.error(f"--out must be a folder to write to, got {path}: {error.strerror}")
+        parser.error(cannot_write(path, error))
+
+
+def cannot_write(out: pathlib.Path, error: OSError) -> str:
+    return (
+        f"--out {out} can't be written to ({error}): make room there, see to its permissions, or "
+        "name another folder"
+    )
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -106,11 +114,24 @@ def jsonable(x: Any) -> Any:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of ``path`` when it is whole, and not before."""
+    """A file that takes the place of ``path`` when it is whole and on the disk, and not before."""
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         yield file
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the new name to an empty file
     part.replace(path)
+
+
+def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """What was saved, if every byte of it is there."""
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            return dict(arrays)  # which compares the checksums
+    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise SystemExit(
+            f"{path} is damaged ({error}); delete it, and --resume does again what it held"
+        ) from None
 
 
 def save(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -301,28 +301,27 @@ def train(
     parts = []
     for i in range(0, len(runs), args.at_once):
         done = args.out / "runs" / f"{name}-{i}.npz"
+        folder = args.out / "checkpoints" / done.stem
         bar.set_description(done.stem)
         if done.exists():
             bar.update(args.epochs)
-            with np.load(done) as arrays:
-                fixed = {k: arrays[k] for k in ("accuracy", "mass", "losses")}
-                scalars = {k: arrays[k] for k in arrays if k not in fixed}
-            parts.append(
-                Trained(History(fixed["accuracy"], fixed["mass"], scalars), fixed["losses"])
-            )
-            continue
-        part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
-        part = jax.device_put(part, sharding(args))
-        with checkpoint_manager(args.out / "checkpoints" / done.stem) as checkpoints:
-            trained = train_part(args, done.stem, program, part, task.images, bar, checkpoints)
+            scalars = report.load_arrays(done)
+            accuracy, mass, losses = (scalars.pop(k) for k in ("accuracy", "mass", "losses"))
+            parts.append(Trained(History(accuracy, mass, scalars), losses))
+        else:
+            part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
+            part = jax.device_put(part, sharding(args))
+            with checkpoint_manager(folder) as checkpoints:
+                trained = train_part(args, done.stem, program, part, task.images, bar, checkpoints)
             parts.append(trained)
-        if jax.process_index() == 0:
-            done.parent.mkdir(exist_ok=True)
-            with report.replacing(done) as file:
+            if jax.process_index() == 0:
                 history, losses = trained
                 fixed = {"accuracy": history.accuracy, "mass": history.mass, "losses": losses}
-                np.savez(file, **fixed, **history.scalars)
-            shutil.rmtree(checkpoints.directory)
+                done.parent.mkdir(exist_ok=True)
+                with report.replacing(done) as file:
+                    np.savez(file, **fixed, **history.scalars)
+        if jax.process_index() == 0 and folder.exists():
+            shutil.rmtree(folder)
     histories, losses = zip(*parts, strict=True)
     history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *histories)
     return Trained(history, np.concatenate(losses))
@@ -331,6 +330,27 @@ def train(
 def checkpoint_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+# Of an error orbax logs the tracebacks of several threads; what it raises is enough.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
+    try:
+        checkpoints.save(step, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
+    except ValueError as error:  # orbax's, of a disk that is full
+        raise OSError(str(error)) from error
+
+
+def restore(checkpoints: ocp.CheckpointManager, step: int) -> list[Any]:
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore())
+    except Exception as error:  # of any kind, by the file that is not whole
+        raise SystemExit(
+            f"{checkpoints.directory / str(step)} is damaged ({error}); delete it, and --resume "
+            "does again what it held"
+        ) from None
 
 
 def train_part(
@@ -350,7 +370,7 @@ def train_part(
     history = []
     start = checkpoints.latest_step() or 0
     if start:
-        leaves = checkpoints.restore(start, args=ocp.args.StandardRestore())
+        leaves = restore(checkpoints, start)
         before = program(frozen(start - 1))
         like = jax.eval_shape(before.epoch, jax.eval_shape(before.init, runs), runs, images, 0)
         state, records = jax.tree.unflatten(jax.tree.structure(like), leaves)
@@ -361,10 +381,10 @@ def train_part(
         state = program(0).init(runs)
     writers = []
     if args.tensorboard and jax.process_index() == 0:
-        from tensorboardX import SummaryWriter  # which nothing else needs
+        from benchmarks.events import EventFile  # which needs what nothing else does
 
         folders = [args.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
-        writers = [SummaryWriter(str(folder), purge_step=start) for folder in folders]
+        writers = [EventFile(folder, start) for folder in folders]
     saved = time.monotonic()
     for epoch in range(start, args.epochs):
         if epoch and frozen(epoch) != frozen(epoch - 1):
@@ -379,17 +399,18 @@ def train_part(
             *(f(record.accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max)),
         )
         for i, writer in enumerate(writers):
-            for tag, of_run in record.scalars.items():
-                writer.add_scalar(tag, of_run[i], epoch)
+            scalars = {tag: of_run[i] for tag, of_run in record.scalars.items()}
             for field in ("accuracy", "mass"):
-                for group, value in enumerate(getattr(record, field)[i]):
-                    writer.add_scalar(f"{field}/{group}", value, epoch)
+                each = enumerate(getattr(record, field)[i])
+                scalars |= {f"{field}/{group}": value for group, value in each}
+            writer.add(epoch, scalars)
         # The first process decides for all.
         due = stop.is_set() or time.monotonic() - saved >= args.checkpoint_every
         stopping, due = broadcast_one_to_all((stop.is_set(), due))
         if due:
-            tree = state, stack(history)
-            checkpoints.save(epoch + 1, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
+            for writer in writers:
+                writer.flush()  # what is before the checkpoint is not trained again
+            save(checkpoints, epoch + 1, (state, stack(history)))
             saved = time.monotonic()
         if stopping:
             raise KeyboardInterrupt

@@ -1,49 +1,16 @@
 """The benchmarks run, as a user runs them, and write what they say."""
 
-import json
-import os
-import pathlib
 import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 
 import matplotlib.image
 import numpy as np
 import pytest
+from commands import load, run, SMALL, start
 from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import comparison, longtail
-
-ROOT = pathlib.Path(__file__).parents[1]
-CACHE = {
-    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-}
-SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
-
-
-def start(*args):
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, args)],
-        cwd=ROOT,
-        env=os.environ | CACHE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(*args):
-    process = start(*args)
-    process.stdout_text, process.stderr_text = process.communicate()
-    return process
-
-
-def load(out, name="results"):
-    return json.loads((out / f"{name}.json").read_text())
 
 
 def pictures(out):
@@ -189,49 +156,6 @@ def test_noise(tmp_path):
     assert min(pictures(tmp_path).values()) > 0.05
 
 
-def test_killed_and_resumed(tmp_path):
-    """However often it is killed, the results are those of the run that wasn't, to the bit."""
-    options = f"{SMALL} --epochs 12 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 3"
-    options = [*options.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
-    options += ["--checkpoint-every", "0"]
-    whole, out = tmp_path / "whole", tmp_path / "killed"
-    assert run("benchmarks.longtail", *options, "--out", whole).returncode == 0
-
-    def lines():
-        log = out / "log.txt"
-        return len(log.read_text().splitlines()) if log.exists() else 0
-
-    for stop, with_signal, code in (
-        (5, signal.SIGKILL, -9),
-        (17, signal.SIGINT, 130),
-        (30, signal.SIGKILL, -9),
-    ):
-        process = start("benchmarks.longtail", *options, "--resume", "--out", out)
-        while lines() < stop and process.poll() is None:
-            time.sleep(0.01)
-        process.send_signal(with_signal)
-        _, error = process.communicate()
-        assert process.returncode == code, error
-        if with_signal == signal.SIGINT:
-            assert "--resume goes on" in error
-            assert "Traceback" not in error
-    assert not load(out, "config")["finished"]
-
-    refused = run("benchmarks.longtail", *options, "--out", out)
-    assert refused.returncode == 2
-    assert "add --resume" in refused.stderr_text
-    refused = run("benchmarks.longtail", *options, "--gamma", "0.5", "--resume", "--out", out)
-    assert refused.returncode == 2
-    assert "got gamma 0.9, now 0.5" in refused.stderr_text
-
-    done = run("benchmarks.longtail", *options, "--resume", "--out", out)
-    assert done.returncode == 0, done.stderr_text
-    assert (out / "results.json").read_bytes() == (whole / "results.json").read_bytes()
-    assert not list((out / "checkpoints").iterdir())
-    # Nothing was trained twice but for the epoch that was cut off.
-    assert lines() <= 12 * 4 + 3
-
-
 def test_two_processes(tmp_path):
     """Each computes half of every batch; killed and resumed, they do what one process does."""
     options = f"{SMALL} --epochs 6 --learning-rates 0.1 --temperatures 5 --checkpoint-every 0"
@@ -257,7 +181,7 @@ def test_two_processes(tmp_path):
         _, error = process.communicate()
         assert process.returncode == 0, error
 
-    assert (two / "log.txt").read_text().count("final-0, epoch 1 of") == 1
+    assert log.read_text().count("final-0, epoch 1 of") == 1
     assert load(two, "config")["machine"]["devices"] == ["cpu", "cpu"]
     for name, expected in load(one).items():
         found = load(two)[name]

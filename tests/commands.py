@@ -1,0 +1,35 @@
+"""The benchmarks, started as a user starts them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}
+SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
+
+
+def start(*args):
+    return subprocess.Popen(
+        [sys.executable, "-m", *map(str, args)],
+        cwd=ROOT,
+        env=os.environ | CACHE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(*args):
+    process = start(*args)
+    process.stdout_text, process.stderr_text = process.communicate()
+    return process
+
+
+def load(out, name="results"):
+    return json.loads((out / f"{name}.json").read_text())
