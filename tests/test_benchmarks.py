@@ -181,7 +181,7 @@ def test_two_processes(tmp_path):
         _, error = process.communicate()
         assert process.returncode == 0, error
 
-    assert log.read_text().count("final-0, epoch 1 of") == 1
+    assert (two / "log.txt").read_text().count("final-0, epoch 1 of") == 1
     assert load(two, "config")["machine"]["devices"] == ["cpu", "cpu"]
     for name, expected in load(one).items():
         found = load(two)[name]
