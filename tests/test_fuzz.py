@@ -349,7 +349,8 @@ def test_normalizer(steps, precision, x64):
             assert step.state.baseline == step.chained.baseline == before
         scale = float(np.exp(-growth)) / (alpha if active else 1)
         rtol = float(min(error + 8 + 2 * abs(growth), 1e3)) * precision.eps
-        close(step.scale, scale, rtol, precision.tiny / alpha, "scale of the gradients")
+        flushed = precision.tiny * max(1, 1 / alpha)  # before the division, or after it
+        close(step.scale, scale, rtol, flushed, "scale of the gradients")
         if np.isfinite(step.loss) and poison is None:
             check_weights(step.attended)
             check_weights(step.updates)
