@@ -482,7 +482,7 @@ def main() -> None:
         metavar="N",
         help="of growth; 1, 2, 4, 8 that there are",
     )
-    add("--torch-python", default=sys.executable, metavar="FILE", help="interpreter with PyTorch")
+    add("--torch-python", default="python3", metavar="FILE", help="interpreter with PyTorch")
     add("--out", type=pathlib.Path, default="out/speed", help="folder to write to")
     args = parser.parse_args()
     if shutil.which(args.torch_python) is None:
