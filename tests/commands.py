@@ -14,19 +14,19 @@ CACHE = {
 SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
 
 
-def start(*args):
+def start(*args, **env):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, args)],
         cwd=ROOT,
-        env=os.environ | CACHE,
+        env=os.environ | CACHE | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(*args):
-    process = start(*args)
+def run(*args, **env):
+    process = start(*args, **env)
     process.stdout_text, process.stderr_text = process.communicate()
     return process
 

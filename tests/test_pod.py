@@ -1,11 +1,8 @@
 """The step compiles for accelerators that aren't there, and its collectives are found."""
 
 import importlib.util
-import json
-import pathlib
-import subprocess
-import sys
 
+import commands
 import jax
 import pytest
 from jax import export
@@ -13,7 +10,6 @@ from jax.sharding import AxisType
 
 from benchmarks import pod
 
-ROOT = pathlib.Path(__file__).parents[1]
 HLO = """HloModule step
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -83,17 +79,12 @@ class TestStep:
 if importlib.util.find_spec("libtpu"):
 
     def test_pod(tmp_path):
-        command = [sys.executable, "-m", "benchmarks.pod", "--out", tmp_path, "--models", "mlp"]
-        done = subprocess.run(
-            [*command, "--topologies", "v5e:4x4", "v5e:16x16"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        options = ["--models", "mlp", "--topologies", "v5e:4x4", "v5e:16x16"]
+        done = commands.run("benchmarks.pod", "--out", tmp_path, *options)
+        assert done.returncode == 0, done.stderr_text
         table = (tmp_path / "table.md").read_text()
-        assert table in done.stdout
-        results = json.loads((tmp_path / "results.json").read_text()).values()
+        assert table in done.stdout_text
+        results = commands.load(tmp_path).values()
         assert [(r["devices"], r["step"]) for r in results] == [
             (devices, step) for devices in (16, 256) for step in ("sgd", "axis_name", "pmerge")
         ]

@@ -1,11 +1,6 @@
 """What a step of ABSGD costs by the compiler's count; what it is compared with is sound."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
+import commands
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -14,8 +9,6 @@ import pytest
 
 from benchmarks import meta, speed, steps
 from benchmarks.steps import Batch, FORMS, State, Work
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 @pytest.mark.usefixtures("users_promotion")
@@ -190,21 +183,16 @@ def test_parameters_for_torch():
 
 def run(out, *options, path=""):
     small = "--repeats 2 --seconds 1e-3 --compilations 1 --batch-size 8"
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.speed", *small.split(), *options, "--out", out],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(path), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    options = *small.split(), *options, "--out", out
+    done = commands.run("benchmarks.speed", *options, PYTHONPATH=str(path), JAX_PLATFORMS="cpu")
+    assert done.returncode == 0, done.stderr_text
     table = (out / "table.md").read_text()
-    assert table in done.stdout
+    assert table in done.stdout_text
     assert "python -m benchmarks.speed" in table.splitlines()[0]
     assert f"jax {jax.__version__}" in table
     assert "n = 2 times" in table
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    return json.loads((out / "results.json").read_text()), [row for row in rows if row]
+    return commands.load(out), [row for row in rows if row]
 
 
 def test_speed(tmp_path):
@@ -236,8 +224,7 @@ def test_speed(tmp_path):
     assert sum(row[:2] == ["on a GPU", "none here"] for row in rows) == 4
     for name in ("sgd", "meta", "growth"):
         assert matplotlib.image.imread(tmp_path / "out" / f"{name}.png").std() > 0.05
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["machine"]["devices"] == ["cpu"]
+    assert commands.load(tmp_path / "out", "config")["machine"]["devices"] == ["cpu"]
 
 
 def test_beside_torch(tmp_path):
