@@ -240,7 +240,7 @@ class LogFile(logging.FileHandler):
 
 def open_folder(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Empties ``args.out`` for a new run, or checks that it holds the one to go on with."""
-    report.make_folder(parser, args.out)
+    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "config.json"
     config = report.describe(args) | {"finished": False}
     earlier = json.loads(path.read_text()) if path.exists() else {}

@@ -24,6 +24,8 @@ from absgd_jax import absgd, diagnostics, get_temperature, robust_loss, target_e
 from benchmarks import models, report
 
 log = logging.getLogger("benchmarks")
+# Of an error orbax logs the tracebacks of several threads; what it raises is enough.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 DAMPING, MAX_JUMP = 2.0, 3.0  # as an automatic λ has them
@@ -330,10 +332,6 @@ def train(
 def checkpoint_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
     options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
     return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
-# Of an error orbax logs the tracebacks of several threads; what it raises is enough.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
