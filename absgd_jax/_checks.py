@@ -58,17 +58,23 @@ def as_array(name: str, x: ArrayLike) -> jax.Array:
         raise TypeError(f"{name} must be an array of numbers, got {x!r}.") from None
 
 
-def as_losses(losses: ArrayLike, name: str = "losses") -> jax.Array:
-    """``losses``, the argument of that name, in float32 at least: one entry an example."""
-    losses = as_array(name, losses)
-    if not jnp.issubdtype(losses.dtype, jnp.floating):
-        raise TypeError(f"{name} must be floating point, got {losses.dtype}; cast them first.")
-    if losses.ndim == 0:
+def as_floats(name: str, x: ArrayLike) -> jax.Array:
+    """``x``, the argument of that name, in float32 at least."""
+    x = as_array(name, x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, got {x.dtype}; cast them first.")
+    return x.astype(at_least_float32(x.dtype))
+
+
+def as_batch(name: str, x: ArrayLike) -> jax.Array:
+    """As :func:`as_floats`, of one entry an example."""
+    x = as_floats(name, x)
+    if x.ndim == 0:
         raise ValueError(
             f"{name} must hold one entry an example, got a scalar; pass the per-example {name}, "
             "before any mean or sum."
         )
-    return losses.astype(at_least_float32(losses.dtype))
+    return x
 
 
 def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax.Array:
@@ -86,15 +92,22 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax
     return where
 
 
-def as_scalar(name: str, loss: ArrayLike) -> jax.Array:
-    """``loss``, the argument of that name, as an array of no dimensions."""
-    loss = as_array(name, loss)
-    if loss.shape != ():
-        raise ValueError(
-            f"{name} must be a scalar, got shape {loss.shape}; pass robust_loss(losses, "
-            "temperature), not the losses."
+def as_value(value: ArrayLike | None) -> jax.Array:
+    """The ``value`` of an update, a scalar."""
+    if value is None:
+        raise TypeError(
+            "value is missing; attention needs the loss that the updates are the gradient of: "
+            "tx.update(grads, state, params, value=loss). Where an optax wrapper drops it, chain "
+            "absgd_jax.scale_by_attention in front of that wrapper, or use absgd_jax.accumulate in "
+            "place of optax.MultiSteps."
         )
-    return loss
+    value = as_array("value", value)
+    if value.shape != ():
+        raise ValueError(
+            f"value must be a scalar, got shape {value.shape}; pass the mean of "
+            "tilt(losses, opt_state), not the losses."
+        )
+    return value
 
 
 def check_state(state: object, kind: type) -> None:

@@ -1,56 +1,133 @@
-"""Temperatures: which are sound, and those that tune themselves.
+"""Temperatures: those that are given, plain at first, and those that tune themselves.
 
-With z_i = (l_i - F) / λ the weights of a batch are w_i = exp(z_i) / n, and mean exp(z) = 1. How far
-they stray from 1 / n is
-
-    χ² = mean (e^z - 1)²          = n Σ w_i² - 1     = 1 / (effective sample size) - 1
-    KL = mean (z e^z - e^z + 1)   = Σ w_i log(n w_i) = -∂F/∂λ
-
-Each is the mean of what vanishes at z = 0 together with its slope: no digits are lost however large
-λ is, and it takes one reduction. While |λ| is large they go as 1 / λ². An automatic temperature
-brings D, one of them, to its target D* by
+An optimiser asks each of them two questions: what λ is at first, and what it is next. Those that
+tune themselves bring D, a divergence of the batch's weights from the plain mean, to its target D*:
 
     |λ| ← |λ| (D / D*)^rate
+
+for while |λ| is large D goes as 1 / λ².
 """
 
-import dataclasses
-from collections.abc import Hashable
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_losses, as_mask, as_scalar, check_number, NOT_NEGATIVE, POSITIVE
-from absgd_jax._reduce import psum
+from absgd_jax._checks import check_number, NOT_NEGATIVE, POSITIVE, whole_number
+from absgd_jax._state import AttentionState, check_temperature, is_flat, SMALLEST, sound
+from absgd_jax._tilt import divergence, far, Moments
 
-# From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
-_INF_TEMPERATURE = 1e30
+_MAX_STEP = float(np.log(2))  # of log |λ| in one update
 
 
-class TemperatureState(NamedTuple):
-    """State of an automatic temperature by itself, as ``optax.inject_hyperparams`` keeps it.
+class Temperature(NamedTuple):
+    """What an optimiser asks of a temperature.
 
     Attributes:
-      count: Number of updates so far.
-      temperature: λ of the next loss and of its update.
+      init: ``init() -> λ`` of the first step.
+      update: ``update(state, moments) -> (state, factor)`` with the λ of the next step, and what
+        the gradients of this one are multiplied by. ``state.count`` is the number of this step.
+      automatic: Whether it needs the moments, and so the losses.
     """
 
-    count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
-    temperature: ArrayLike  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    init: Callable[[], ArrayLike]
+    update: Callable[[AttentionState, Moments | None], tuple[AttentionState, ArrayLike]]
+    automatic: bool = False
+
+
+def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Temperature:
+    """A number, array or schedule as a :class:`Temperature`, too."""
+    if isinstance(temperature, Temperature):
+        return temperature
+    if not callable(temperature):
+        check_temperature(temperature)
+
+    def at(count: ArrayLike) -> ArrayLike:
+        return temperature(count) if callable(temperature) else temperature
+
+    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
+        before = jnp.asarray(state.temperature)
+        given = jnp.asarray(at(state.count + 1), before.dtype)
+        # What falls to 0 stops short of it, on the side where it was.
+        lam = jnp.where(given == 0, jnp.sign(before) * SMALLEST, given)
+        lam = jnp.where(given == state.given, before, lam)
+        return state._replace(temperature=lam, given=given), 1
+
+    return Temperature(lambda: at(0), update)
+
+
+def two_stage(
+    temperature: optax.ScalarOrSchedule | Temperature, begin: int | jax.Array
+) -> Temperature:
+    r"""Two-stage training: plain averages at first, then a temperature.
+
+    .. math::
+      \lambda_t = \infty \quad (t < \text{begin}), \qquad
+      \lambda_t = \text{temperature}_{t - \text{begin}} \quad (t \geq \text{begin})
+
+    Args:
+      temperature: λ of the second stage: a number, a 0-d array, a schedule, whose steps count from
+        its start, or automatic.
+      begin: Number of updates in the first stage.
+
+    Returns:
+      A temperature, for :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`.
+
+    Raises:
+      TypeError: ``temperature`` or ``begin`` is not a number.
+      ValueError: ``begin`` is not a whole number from 0 on, or ``temperature`` is out of range.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax import absgd, get_temperature, two_stage
+      >>> tx = absgd(0.1, two_stage(5.0, begin=2))
+      >>> params = jnp.zeros(3)
+      >>> opt_state = tx.init(params)
+      >>> for _ in range(4):
+      ...   print(get_temperature(opt_state))
+      ...   _, opt_state = tx.update(params, opt_state, value=1.0)
+      inf
+      inf
+      5.0
+      5.0
+
+    References:
+      Qi et al., `Attentional-Biased Stochastic Gradient Descent
+      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+    """
+    check_number("begin", begin, whole_number(0), "it is a number of updates")
+    second = as_temperature(temperature)
+
+    def plain(first: ArrayLike) -> jax.Array:
+        return jnp.copysign(jnp.inf, jnp.asarray(first, float))
+
+    def init() -> ArrayLike:
+        first = second.init()
+        return jnp.where(jnp.greater(begin, 0), plain(first), first)
+
+    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
+        count = jnp.asarray(state.count) - begin
+        first = jnp.asarray(second.init(), jnp.result_type(state.temperature))
+        new, factor = second.update(state._replace(count=count), sums)
+        # It starts at its first λ; but if that is infinite this batch may tune it already.
+        lam = jnp.where((count == -1) & ~is_flat(first), first, new.temperature)
+        lam = jnp.where(count < -1, plain(first), lam)
+        return new._replace(count=state.count, temperature=lam), factor
+
+    return Temperature(init, update, second.automatic)
 
 
 def target_ess(
     fraction: float | jax.Array = 0.9,
     *,
     init_value: float | jax.Array = jnp.inf,
-    transition_begin: int = 0,
     rate: float | jax.Array = 0.1,
     damping: float | jax.Array = 2.0,
-) -> "AutomaticTemperature":
+) -> Temperature:
     r"""Temperature that holds the effective sample size of the batch on target.
 
     .. math::
@@ -62,10 +139,9 @@ def target_ess(
     for the self-normalised weights :math:`w_i \propto \exp(l_i / \lambda)` of the n examples. From
     an infinite λ it goes where a normal distribution of the losses would have the target.
 
-    Pass it as the ``temperature`` of :func:`absgd`, :func:`abadam`, :func:`scale_by_attention` or
-    :func:`attention`. It is an ``optax.schedules.StatefulSchedule`` without state of its own: λ is
-    that of :class:`AttentionState`, which may be set. The losses that it needs are one more
-    argument of the update, ``tx.update(grads, state, params, value=loss, losses=losses)``.
+    Pass it as the ``temperature`` of :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`,
+    or of :func:`two_stage`. The losses that it needs are one more argument of the update,
+    ``tx.update(grads, state, params, value=loss, losses=losses)``: as they are, not tilted.
 
     A batch moves λ by a factor of 2 at most, and not at all where there is nothing to learn from:
     all losses equal, one example, all masked, or a loss that is not finite. Over batches it is the
@@ -77,7 +153,6 @@ def target_ess(
         At :math:`\lambda < 0` about the share of labels that are right.
       init_value: λ to start from. Its sign is kept: positive leans on hard examples, negative on
         easy ones.
-      transition_begin: Number of updates for which λ stays at ``init_value``: two-stage training.
       rate: Gain of the update, in (0, 0.5]. With the default λ settles within 50 steps from 100
         times too small or too large.
       damping: At :math:`\lambda > 0` the gradients are divided by :math:`1 + \text{damping}
@@ -93,22 +168,20 @@ def target_ess(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> import absgd_jax
+      >>> from absgd_jax import absgd, diagnostics, target_ess, tilt
       >>> x = jax.random.normal(jax.random.key(0), (100,))
       >>> y = 3 * x + jax.random.normal(jax.random.key(1), (100,))
-      >>> tx = absgd_jax.absgd(0.02, absgd_jax.target_ess(0.5))
+      >>> tx = absgd(0.02, target_ess(0.5))
       >>> w = jnp.float32(0.0)
       >>> opt_state = tx.init(w)
+      >>> def loss_fn(w, opt_state):
+      ...   losses = (x * w - y) ** 2
+      ...   return tilt(losses, opt_state).mean(), losses
       >>> for _ in range(60):
-      ...   temperature = absgd_jax.get_temperature(opt_state)
-      ...   def loss_fn(w):
-      ...     losses = (x * w - y) ** 2
-      ...     return absgd_jax.robust_loss(losses, temperature), losses
-      ...   (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(w)
+      ...   (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(w, opt_state)
       ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss, losses=losses)
       ...   w = optax.apply_updates(w, updates)
-      >>> weights = jax.grad(absgd_jax.robust_loss)(losses, temperature)
-      >>> print(f"{1 / (100 * jnp.sum(weights**2)):.1f}")
+      >>> print(f"{diagnostics.summary(losses, opt_state)['effective_sample_size']:.1f}")
       0.5
     """
     check_number(
@@ -117,19 +190,16 @@ def target_ess(
         (lambda x: 0 < x < 1, "lie in (0, 1)"),
         "it is the effective share of the batch",
     )
-    return AutomaticTemperature(
-        "chi2", 1 / fraction - 1, init_value, transition_begin, rate, damping
-    )
+    return _automatic("chi2", 1 / fraction - 1, init_value, rate, damping)
 
 
 def target_kl(
     radius: float | jax.Array,
     *,
     init_value: float | jax.Array = jnp.inf,
-    transition_begin: int = 0,
     rate: float | jax.Array = 0.1,
     damping: float | jax.Array = 2.0,
-) -> "AutomaticTemperature":
+) -> Temperature:
     r"""Temperature that holds the weights' divergence from the plain mean on target.
 
     .. math::
@@ -151,7 +221,6 @@ def target_kl(
     Args:
       radius: Target of KL, positive, in nats: near 0 all examples count alike.
       init_value: As in :func:`target_ess`.
-      transition_begin: As in :func:`target_ess`.
       rate: As in :func:`target_ess`.
       damping: As in :func:`target_ess`.
 
@@ -164,14 +233,13 @@ def target_kl(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from absgd_jax import attention, target_kl
+      >>> from absgd_jax import diagnostics, scale_by_attention, target_kl, tilt
       >>> losses = jnp.array([0.1, 0.2, 3.0, 1.0])
-      >>> attend = attention(target_kl(0.1))
-      >>> state = attend.init()
+      >>> tx = scale_by_attention(target_kl(0.1))
+      >>> state = tx.init(None)
       >>> for _ in range(60):
-      ...   weights, state = attend.update(losses, state)
-      >>> weights /= weights.sum()
-      >>> print(f"{jnp.sum(weights * jnp.log(4 * weights)):.3f}")
+      ...   _, state = tx.update(None, state, value=tilt(losses, state).mean(), losses=losses)
+      >>> print(f"{diagnostics.summary(losses, state)['kl_divergence']:.3f}")
       0.100
 
     References:
@@ -179,179 +247,39 @@ def target_kl(
       <https://arxiv.org/abs/2210.05740>`_, TMLR 2023
     """
     check_number("radius", radius, POSITIVE, "near 0 all examples count alike")
-    return AutomaticTemperature("kl", radius, init_value, transition_begin, rate, damping)
+    return _automatic("kl", radius, init_value, rate, damping)
 
 
-class Divergence(NamedTuple):
-    """How far the weights of a batch stray from 1 / n.
-
-    At an infinite λ, where they do not, it is what the divergences are times λ² as λ nears that.
-    """
-
-    chi2: jax.Array
-    kl: jax.Array
-    n: jax.Array  # number of examples
-
-
-@dataclasses.dataclass(frozen=True)
-class AutomaticTemperature:
-    """A λ that holds a divergence on target; what :func:`target_ess` and :func:`target_kl` make.
-
-    An ``optax.schedules.StatefulSchedule``: its state is any NamedTuple with the fields ``count``
-    and ``temperature``.
-    """
-
-    measure: str  # of Divergence
-    target: float | jax.Array
-    init_value: float | jax.Array
-    transition_begin: int
-    rate: float | jax.Array
-    damping: float | jax.Array
-
-    def __post_init__(self) -> None:
-        if self.measure not in ("chi2", "kl"):
-            raise ValueError(f"measure must be 'chi2' or 'kl', got {self.measure!r}.")
-        check_number("target", self.target, POSITIVE)
-        check_temperature(self.init_value, name="init_value")
-        check_number("transition_begin", self.transition_begin, NOT_NEGATIVE)
-        check_number(
-            "rate",
-            self.rate,
-            (lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"),
-            "a larger one overshoots",
-        )
-        check_number("damping", self.damping, NOT_NEGATIVE)
-
-    def init(self) -> TemperatureState:
-        return TemperatureState(jnp.zeros([], jnp.int32), jnp.asarray(self.init_value, float))
-
-    def __call__(self, state: Any, **extra_args: Any) -> ArrayLike:
-        return state.temperature  # type: ignore[no-any-return]
-
-    def update(
-        self,
-        state: Any,
-        *,
-        value: ArrayLike | None = None,
-        losses: ArrayLike | None = None,
-        where: ArrayLike | None = None,
-        axis_name: Hashable | None = None,
-        divergence: Divergence | None = None,
-        **extra_args: Any,
-    ) -> Any:
-        """The state with the next λ, by the batch's losses or the divergence that they have."""
-        if divergence is None:
-            divergence = batch_divergence(value, losses, state.temperature, where, axis_name)
-        lam = jnp.asarray(state.temperature)
-        n = divergence.n.astype(lam.dtype)
-        reachable = {"chi2": (n - 1) / 2, "kl": jnp.log(n) / 2}[self.measure]
-        target = jnp.minimum(jnp.asarray(self.target, lam.dtype), reachable)
-        reached = getattr(divergence, self.measure).astype(lam.dtype)
-        excess = jnp.log(reached) - jnp.log(target)
-
-        flat = is_flat(lam)
-        step = jnp.where(
-            flat,
-            excess / 2,
-            jnp.clip(jnp.asarray(self.rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP),
-        )
-        size = jnp.where(flat, 1, jnp.abs(lam)) * jnp.exp(step)
-        count = optax.safe_increment(state.count)
-        moves = jnp.isfinite(excess) & jnp.greater_equal(count, self.transition_begin)
-        next_lam = jnp.where(moves, jnp.copysign(jnp.maximum(size, _MIN_TEMPERATURE), lam), lam)
-        return state._replace(count=count, temperature=next_lam)
-
-    def scale(self, temperature: jax.Array, divergence: Divergence) -> jax.Array:
-        """What the gradients of a batch are multiplied by."""
-        chi2 = divergence.chi2.astype(temperature.dtype)
-        leans_on_hard = (temperature > 0) & jnp.isfinite(chi2)
-        damping = jnp.asarray(self.damping, temperature.dtype)
-        return 1 / (1 + damping * jnp.sqrt(jnp.where(leans_on_hard, chi2, 0)))
-
-
-# What may be passed as one.
-Temperature = optax.ScalarOrSchedule | AutomaticTemperature
-
-_MAX_STEP = float(np.log(2))  # of log |λ| in one update
-_MIN_TEMPERATURE = 1e-6
-
-
-def batch_divergence(
-    value: ArrayLike | None,
-    losses: ArrayLike | None,
-    temperature: ArrayLike,
-    where: ArrayLike | None,
-    axis_name: Hashable | None,
-) -> Divergence:
-    """That of a batch's losses, given its robust loss, after checks."""
-    if value is None or losses is None:
-        raise TypeError(
-            f"{'value' if value is None else 'losses'} is missing; an automatic temperature is "
-            "tuned by both: tx.update(grads, state, params, value=loss, losses=losses)."
-        )
-    losses = as_losses(losses)
-    counts = None
-    if where is not None:
-        counts = as_mask(where, losses.shape).astype(losses.dtype)
-    return divergence_of(
-        losses, as_scalar("value", value), temperature, counts, axis_name=axis_name
-    )
-
-
-def divergence_of(
-    losses: jax.Array,
-    loss: jax.Array,
-    temperature: ArrayLike,
-    counts: jax.Array | None = None,
-    within: Divergence | None = None,
-    axis_name: Hashable | None = None,
-) -> Divergence:
-    """Divergence of examples whose robust loss is ``loss``, ``counts`` times each; or of parts.
-
-    Of the parts of a batch ``losses`` are the robust losses, ``counts`` the numbers of examples and
-    ``within`` the divergences.
-    """
-    dtype = losses.dtype
-    lam = lax.stop_gradient(jnp.asarray(temperature, dtype))
-    flat = is_flat(lam)
-    gap = lax.stop_gradient(losses - loss.astype(dtype))
-    if counts is not None:
-        gap = jnp.where(counts > 0, gap, 0)
-    # Sound values lie between these bounds, where exp(2 z) is finite.
-    z = jnp.where(flat, gap, jnp.clip(gap / jnp.where(flat, 1, lam), -80, 40))
-    z = jnp.where(jnp.isfinite(gap), z, jnp.nan)
-    square, expm1 = z**2, jnp.expm1(z)
-    # Near 0 the series, where the closed form is a difference of what is almost the same.
-    small = jnp.abs(z) < float(np.finfo(dtype).eps) ** 0.25
-    series = square * (1 / 2 + z * (1 / 3 + z / 8))
-    chi2 = jnp.where(flat, square, expm1**2)
-    kl = jnp.where(flat, square / 2, jnp.where(small, series, z * (expm1 + 1) - expm1))
-    if within is not None:
-        exp = jnp.where(flat, 1, expm1 + 1)
-        chi2, kl = chi2 + exp**2 * within.chi2, kl + exp * within.kl
-    n = jnp.asarray(losses.size, dtype)
-    if counts is not None:
-        chi2, kl, n = counts * chi2, counts * kl, jnp.sum(counts)
-    chi2, kl, n = psum((jnp.sum(chi2), jnp.sum(kl), n), axis_name)
-    some = jnp.where(n > 0, n, 1)
-    return Divergence(chi2 / some, kl / some, n)
-
-
-def is_flat(lam: jax.Array) -> jax.Array:
-    """Whether λ counts as infinite."""
-    return jnp.abs(lam) >= _INF_TEMPERATURE
-
-
-def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None:
-    if callable(temperature):
-        raise TypeError(
-            f"{name} must be a number here, got a schedule; pass what the schedule gives for "
-            "this step, which is get_temperature(opt_state)."
-        )
+def _automatic(
+    measure: Literal["chi2", "kl"],
+    target: float | jax.Array,
+    init_value: float | jax.Array,
+    rate: float | jax.Array,
+    damping: float | jax.Array,
+) -> Temperature:
+    check_temperature(init_value, name="init_value")
     check_number(
-        name,
-        temperature,
-        (lambda x: x != 0 and not np.isnan(x), "be neither 0 nor NaN"),
-        "positive leans on hard examples, negative on easy ones, inf is the plain mean; jax.vmap "
-        "runs several",
+        "rate", rate, (lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"), "a larger one overshoots"
     )
+    check_number("damping", damping, NOT_NEGATIVE)
+
+    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
+        assert sums is not None  # as it is automatic
+        chi2, kl = divergence(sums)
+        n, lam = sums.n, sound(state.temperature).astype(chi2.dtype)
+        reached, reachable = (chi2, (n - 1) / 2) if measure == "chi2" else (kl, jnp.log(n) / 2)
+        aim = jnp.minimum(jnp.asarray(target, lam.dtype), jnp.maximum(reachable, SMALLEST))
+        moves = reached > 0
+        excess = jnp.log(jnp.where(moves, reached / aim, 1))
+        flat = is_flat(lam)
+        step = jnp.clip(jnp.asarray(rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP)
+        size = jnp.abs(far(lam)) * jnp.exp(jnp.where(flat, excess / 2, step))
+        size = jnp.maximum(size, SMALLEST)
+        tuned = jnp.where(lam < 0, -size, size)
+        # Of weights that are not in use, or lean on easy examples, nothing needs damping.
+        damped = moves & (lam > 0) & ~flat
+        spread = jnp.sqrt(jnp.where(damped, chi2, 0))
+        factor = 1 / (1 + jnp.asarray(damping, lam.dtype) * spread)
+        return state._replace(temperature=jnp.where(moves, tuned, lam)), factor
+
+    return Temperature(lambda: init_value, update, automatic=True)

@@ -1,7 +1,10 @@
-"""Fifty steps of ABSGD on ARB-Loss: in NumPy, and in JAX for any layout of the batch.
+"""Fifty steps of ABSGD on ARB-Loss: in NumPy, and in JAX for any way to take the batch's mean.
 
-Every batch is masked unevenly: of its eighths one is masked whole, and so is one batch.
+Every example has a sample weight, and many have none: of the eighths of a batch one is masked
+whole, and so is one batch. The loops are those of an SGD user, but for ``tilt`` and ``value``.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,141 +13,154 @@ import optax
 import reference
 from jax import lax
 
-from absgd_jax import (
-    absgd,
-    accumulate,
-    attention,
-    get_temperature,
-    losses,
-    pmerge,
-    robust_loss,
-    target_kl,
-)
+from absgd_jax import absgd, accumulate, losses, target_kl, tilt
 
 STEPS, RATE, WEIGHT_DECAY, GAMMA = 50, 0.1, 1e-3, 0.7
 
 
 def problem(dtype=np.float64):
-    """Initial parameters, and batches ``(images, labels, where)``, steps leading."""
+    """Initial parameters, and batches: images, labels, weights, class counts, total weights."""
     params, xs, ys = reference.problem()
-    where = np.random.default_rng(1).random((STEPS, reference.BATCH)) > 0.3
-    eighths = where.reshape(STEPS, 8, -1)
-    eighths[np.arange(STEPS), np.arange(STEPS) % 8] = False
-    where[20] = False
+    rng = np.random.default_rng(1)
+    weights = np.where(rng.random(ys[:STEPS].shape) > 0.3, rng.uniform(0.5, 2, ys[:STEPS].shape), 0)
+    weights.reshape(STEPS, 8, -1)[np.arange(STEPS), np.arange(STEPS) % 8] = 0
+    weights[20] = 0
+    counts = [
+        np.bincount(y[w > 0], minlength=reference.CLASSES)
+        for y, w in zip(ys, weights, strict=False)
+    ]
+    totals = np.maximum(weights.sum(axis=1), 1e-3)
+    floats = xs[:STEPS], weights, np.stack(counts), totals
+    x, weights, counts, totals = (a.astype(dtype) for a in floats)
     params = {k: p.astype(dtype) for k, p in params.items()}
-    return params, (xs[:STEPS].astype(dtype), ys[:STEPS], where)
+    return params, (x, ys[:STEPS], weights, counts, totals)
 
 
 def expected(temperature):
-    """Parameters, λ, log_normalizer and the losses of the steps, of the rows that aren't masked.
+    """Parameters, λ and V in float64, from the rows that have a weight.
 
     ``temperature`` is λ, or of an automatic one the first λ and the target of KL.
     """
     params, batches = problem()
     lam, radius = temperature if isinstance(temperature, tuple) else (temperature, None)
-    momentum, u, values = {k: np.zeros_like(p) for k, p in params.items()}, 0.0, []
-    for x, y, where in zip(*batches, strict=True):
-        x, y = x[where], y[where]
-        with np.errstate(divide="ignore"):
-            log_prior = np.log(np.bincount(y, minlength=reference.CLASSES))
-        grads, value = dict.fromkeys(params, 0.0), 0.0
+    momentum, u, averaged = {k: np.zeros_like(p) for k, p in params.items()}, 0.0, 0
+    for x, y, weight, counts, _ in zip(*batches, strict=True):
+        kept = weight > 0
+        x, y, share = x[kept], y[kept], weight[kept] / max(weight.sum(), 1e-3)
+        grads = dict.fromkeys(params, 0.0)
         if len(y):
-            each, gradient = reference.cross_entropy(params, x, y, log_prior)
-            case = reference.Case(lam, GAMMA, 1.0, WEIGHT_DECAY, switch=0)
-            weights, u = reference.weigh(each, u, case, step=0)
-            grads = gradient(weights)
-            value = lam * np.log(np.exp(each / lam).mean())
+            with np.errstate(divide="ignore"):
+                each, gradient = reference.cross_entropy(params, x, y, np.log(counts))
+        if len(y) and np.isinf(lam):
+            grads = gradient(share)
+            lam = np.copysign(np.sqrt(each.var() / (2 * radius)), lam)
+        elif len(y):
+            averaged += 1
+            gamma = GAMMA if radius is None else GAMMA / (1 - (1 - GAMMA) ** averaged)
+            tilted = np.exp(each / lam)
+            u = (1 - gamma) * u + gamma * np.sum(share * tilted)
+            grads = gradient(share * tilted / u)
             if radius is not None:
-                shares = weights / weights.sum()
+                q = tilted / tilted.sum()
                 if lam > 0:
-                    damping = 1 + 2 * np.sqrt(len(y) * np.sum(shares**2) - 1)
+                    damping = 1 + 2 * np.sqrt(len(y) * np.sum(q**2) - 1)
                     grads = {k: g / damping for k, g in grads.items()}
-                kl = np.sum(shares * np.log(len(y) * shares))
-                before, lam = lam, lam * (kl / radius) ** 0.1
+                before, lam = lam, lam * (np.sum(q * np.log(len(y) * q)) / radius) ** 0.1
                 u **= before / lam  # λ log u is what stays
         for k, p in params.items():
             momentum[k] = reference.MOMENTUM * momentum[k] + grads[k] + WEIGHT_DECAY * p
             params[k] = p - RATE * momentum[k]
-        values.append(value)
-    return params, lam, np.log(u), np.array(values)
+    return params, lam, lam * np.log(u)
 
 
-def per_example(params, x, y, where, class_counts=None, *, axis_name=None, out_sharding=None):
+def per_example(params, x, y, where, class_counts, out_sharding=None):
     h = jnp.tanh(x @ params["w1"] + params["b1"][None])
     logits = jnp.matmul(h, params["w2"], out_sharding=out_sharding) + params["b2"][None]
-    return losses.arb(logits, y, where=where, axis_name=axis_name, class_counts=class_counts)
+    return losses.arb(logits, y, where=where, class_counts=class_counts)
 
 
-def plain(params, temperature, batch, axis_name, **kwargs):
-    """Loss, losses and gradient as for SGD, whose loss is a mean over the axis."""
+def value_and_grad(params, opt_state, batch, **kwargs):
+    """The weighted mean, or of a part of the batch its share of it; its gradient; the losses."""
+    x, y, weight, counts, total = batch
 
     def loss_fn(params):
-        each = per_example(params, *batch, axis_name=axis_name, **kwargs)
-        return robust_loss(each, temperature, where=batch[2], axis_name=axis_name), each
+        each = per_example(params, x, y, weight > 0, counts, **kwargs)
+        return jnp.sum(weight * tilt(each, opt_state)) / total, each
 
     (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return loss, each, grads if axis_name is None else lax.pmean(grads, axis_name)
+    return loss, grads, each
 
 
-def merged(params, temperature, batch, axis_name):
-    """Loss and gradient of every device's part, merged, and the losses of the part."""
-
-    def loss_fn(params):
-        each = per_example(params, *batch, axis_name=axis_name)
-        return robust_loss(each, temperature, where=batch[2]), each
-
-    varying = lax.pcast(params, axis_name, to="varying")
-    (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(varying)
-    loss, grads = pmerge(loss, grads, temperature, where=batch[2], axis_name=axis_name)
-    return loss, each, grads
+def on_devices(params, opt_state, batch, *, axis_name):
+    """Of every device its part."""
+    params = lax.pcast(params, axis_name, to="varying")
+    loss, grads, each = value_and_grad(params, opt_state, batch)
+    return *lax.psum((loss, grads), axis_name), each
 
 
-def as_temperature(temperature):
-    if isinstance(temperature, tuple):
-        init_value, radius = temperature
-        return target_kl(radius, init_value=init_value)
-    return temperature
+def by_hand(params, opt_state, batch, *, k):
+    """Of k micro-batches, one after another."""
+
+    def add(carry, micro_batch):
+        *found, each = value_and_grad(params, opt_state, (*micro_batch, *batch[3:]))
+        return jax.tree.map(jnp.add, carry, tuple(found)), each
+
+    micro_batches = jax.tree.map(lambda a: a.reshape(k, -1, *a.shape[1:]), batch[:3])
+    zeros = jnp.zeros_like(batch[4]), jax.tree.map(jnp.zeros_like, params)
+    (loss, grads), each = lax.scan(add, zeros, micro_batches)
+    return loss, grads, each.reshape(-1)
+
+
+def by_optax(params, opt_state, batch, *, k):
+    """Of k micro-batches, by optax.microbatch and its mean."""
+
+    def of_micro_batch(*micro_batch):
+        loss, grads, _ = value_and_grad(params, opt_state, (*micro_batch, batch[3], batch[4] / k))
+        return loss, grads
+
+    rows = len(batch[1])
+    mean = optax.microbatch(
+        of_micro_batch,
+        argnums=(0, 1, 2),
+        microbatch_size=rows // k,
+        accumulator=optax.microbatching.AccumulationType.MEAN,
+    )
+    with jax.numpy_dtype_promotion("standard"):  # optax itself needs it
+        return *mean(*batch[:3]), None
 
 
 def train(
-    params, batches, temperature, *, value_and_grad=plain, axis_name=None, every_k=None, **kwargs
+    params, batches, temperature, *, value_and_grad=value_and_grad, axis_name=None, every_k=None
 ):
-    """Parameters, state of the attention, and the losses of the calls."""
-    tx = absgd(RATE, as_temperature(temperature), weight_decay=WEIGHT_DECAY, gamma=GAMMA)
+    """Parameters, and the state of the attention."""
+    if isinstance(temperature, tuple):
+        init_value, radius = temperature
+        temperature = target_kl(radius, init_value=init_value)
+    tx = absgd(RATE, temperature, weight_decay=WEIGHT_DECAY, gamma=GAMMA)
     if every_k is not None:
         tx = accumulate(tx, every_k)
 
     def step(carry, batch):
         params, opt_state = carry
-        temperature = get_temperature(opt_state)
-        loss, each, grads = value_and_grad(params, temperature, batch, axis_name, **kwargs)
-        extra_args = {"where": batch[2], "losses": each, "axis_name": axis_name}
+        loss, grads, each = value_and_grad(params, opt_state, batch)
+        # For an automatic temperature.
+        extra_args = {"losses": each, "where": batch[2] > 0, "axis_name": axis_name}
         updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra_args)
-        return (optax.apply_updates(params, updates), opt_state), loss
+        return (optax.apply_updates(params, updates), opt_state), None
 
-    (params, opt_state), values = lax.scan(step, (params, tx.init(params)), batches)
+    (params, opt_state), _ = lax.scan(step, (params, tx.init(params)), batches)
     (state, *_) = opt_state if every_k is None else opt_state.inner_opt_state
-    return params, state, values
+    return params, state
 
 
-def train_by_weights(params, batches, temperature, *, axis_name=None):
-    """As ``train``, by the functional helper."""
-    attend = attention(as_temperature(temperature), gamma=GAMMA)
-    tx = optax.chain(optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(RATE, reference.MOMENTUM))
+def spread(axis_name, **kwargs):
+    """``train`` under pmap or shard_map."""
+    on_axis = functools.partial(on_devices, axis_name=axis_name)
+    return functools.partial(train, value_and_grad=on_axis, axis_name=axis_name, **kwargs)
 
-    def step(carry, batch):
-        params, opt_state, state = carry
 
-        def loss_fn(params):
-            each = per_example(params, *batch, axis_name=axis_name)
-            weights, new = attend.update(each, state, where=batch[2], axis_name=axis_name)
-            loss = (weights * each).sum()
-            return loss if axis_name is None else lax.psum(loss, axis_name), new
-
-        (_, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        grads = grads if axis_name is None else lax.pmean(grads, axis_name)
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), opt_state, state), None
-
-    (params, _, state), _ = lax.scan(step, (params, tx.init(params), attend.init()), batches)
-    return params, state, None
+def split_steps(k, params, batches):
+    """Every batch as k of its parts, of which each has its share of the total."""
+    *rows, counts, totals = batches
+    rows = (a.reshape(len(a) * k, -1, *a.shape[2:]) for a in rows)
+    return params, (*rows, np.repeat(counts, k, axis=0), np.repeat(totals / k, k))

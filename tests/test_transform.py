@@ -1,41 +1,48 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from attended import attend, follow, published
 
 from absgd_jax import (
     abadam,
     absgd,
-    AttentionState,
+    accumulate,
     get_temperature,
-    robust_loss,
     scale_by_attention,
+    tilt,
+    two_stage,
 )
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(16, 3)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).normal(size=16), jnp.float32)
+RNG = np.random.default_rng(0)
+X, Y = np.float32(RNG.normal(size=(16, 3))), np.float32(RNG.normal(size=16))
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
 
 
-def loss_fn(params, temperature):
-    predictions = jnp.sum(X * params["w"][None], axis=1) + params["b"]
-    return robust_loss(jnp.square(predictions - Y), temperature)
+def loss_fn(params, opt_state, x=X, y=Y):
+    predictions = jnp.sum(x * params["w"][None], axis=1) + params["b"]
+    return tilt(jnp.square(predictions - y), opt_state).mean()
 
 
-def step(tx, params, opt_state, **extra_args):
-    loss, grads = jax.value_and_grad(loss_fn)(params, get_temperature(opt_state))
-    updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra_args)
+def step(tx, params, opt_state, *batch):
+    loss, grads = jax.value_and_grad(loss_fn)(params, opt_state, *batch)
+    updates, opt_state = tx.update(grads, opt_state, params, value=loss)
     return optax.apply_updates(params, updates), opt_state
 
 
-def train(tx, steps, params=PARAMS, opt_state=None):
-    def body(carry, _):
-        return step(tx, *carry), carry[0]
+def train(tx, steps, params=PARAMS):
+    """The last parameters and state, and those before every step."""
 
-    opt_state = tx.init(params) if opt_state is None else opt_state
-    carry, history = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))((params, opt_state))
+    def body(carry, _):
+        return step(tx, *carry), carry
+
+    carry, history = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))(
+        (params, tx.init(params))
+    )
     return *carry, history
 
 
@@ -44,64 +51,22 @@ class TestChain:
         params, _, _ = train(absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2), 20)
         tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True))
         expected, opt_state = PARAMS, tx.init(PARAMS)
+        flat = scale_by_attention(jnp.inf).init(None)
         for _ in range(20):
-            grads = jax.grad(loss_fn)(expected, jnp.inf)
+            grads = jax.grad(loss_fn)(expected, flat)
             updates, opt_state = tx.update(grads, opt_state, expected)
             expected = optax.apply_updates(expected, updates)
-        chex.assert_trees_all_close(params, expected, rtol=1e-5)
-
-    def test_two_stages(self):
-        schedule = optax.join_schedules(
-            [optax.constant_schedule(jnp.inf), optax.constant_schedule(2.0)], [10]
-        )
-        _, opt_state, two_stage = train(absgd(0.05, schedule), 20)
-        _, _, plain = train(absgd(0.05, jnp.inf), 20)
-        # history[t] stands before step t, the first attentional step being the eleventh.
-        first = jax.tree.map(lambda a: a[:11], (two_stage, plain))
-        chex.assert_trees_all_close(*first, rtol=1e-6)
-        assert not jnp.allclose(two_stage["w"][11], plain["w"][11], rtol=1e-3)
-        assert jnp.isfinite(opt_state[0].baseline)
-
-    def test_a_schedule_of_the_temperature_equals_its_constant(self):
-        scheduled = train(absgd(0.05, optax.constant_schedule(2.0)), 10)[0]
-        chex.assert_trees_all_close(scheduled, train(absgd(0.05, 2.0), 10)[0], rtol=1e-6)
-
-    def test_loss_and_update_share_the_scheduled_temperature(self):
-        tx = scale_by_attention(optax.linear_schedule(1.0, 4.0, 3))
-        state = tx.init(PARAMS)
-        for t in range(3):
-            assert get_temperature(state) == 1.0 + t
-            _, state = tx.update(PARAMS, state, value=4.0)
-        # With one constant loss V nears it at every temperature.
-        assert abs(state.baseline - 4.0) < 1e-1
-
-    def test_temperature_is_a_leaf_to_be_set_without_a_recompile(self):
-        tx = absgd(0.05, 5.0)
-        jitted = jax.jit(chex.assert_max_traces(lambda p, s: step(tx, p, s), n=1))
-        params, opt_state = jitted(PARAMS, tx.init(PARAMS))
-        baseline = opt_state[0].baseline
-        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(-1.0))
-        assert opt_state[0].baseline == baseline
-        params, opt_state = jitted(params, opt_state)
-        assert get_temperature(opt_state) == -1.0
-
-    def test_vmap_over_temperatures(self):
-        temperatures = jnp.array([0.5, 5.0, -1.0, jnp.inf])
-        swept = jax.vmap(lambda t: train(absgd(0.02, t), 10)[0])(temperatures)
-        for i, t in enumerate(temperatures.tolist()):
-            chex.assert_trees_all_close(
-                jax.tree.map(lambda p, i=i: p[i], swept), train(absgd(0.02, t), 10)[0], rtol=1e-5
-            )
+        chex.assert_trees_all_close(params, expected, atol=1e-6)
 
     @pytest.mark.parametrize("make", [absgd, abadam])
     def test_gradient_of_whole_steps(self, make, x64):
-        # Two steps, so that the second's normaliser depends on the first's parameters.
+        # Two steps, so that the second's V depends on the first's parameters.
         def after(learning_rate, temperature, gamma, scale):
             params = jax.tree.map(lambda p: scale * p.astype(jnp.float64), PARAMS)
             tx = make(learning_rate, temperature, gamma=gamma)
             opt_state = tx.init(params)
             for _ in range(2):
-                params, opt_state = step(tx, params, opt_state)
+                params, opt_state = step(tx, params, opt_state, jnp.float64(X), jnp.float64(Y))
             return sum(jnp.sum(p) for p in jax.tree.leaves(params))
 
         args = tuple(jnp.float64(a) for a in (0.01, 2.0, 0.7, 1.1))
@@ -130,65 +95,174 @@ class TestHead:
         chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
 
     @pytest.mark.parametrize("temperature", [2.0, -2.0])
-    def test_scale_is_the_batch_over_its_average(self, temperature):
+    def test_alpha_divides(self, temperature):
+        batches = RNG.gamma(2.0, size=(5, 8)).astype(np.float32)
         tx = scale_by_attention(temperature, gamma=0.5, alpha=2.0)
-        state, u = tx.init(PARAMS), 0.0
-        for value in (1.0, 3.0, -2.0, 0.0):
-            g = np.exp(value / temperature)
-            u = 0.5 * u + 0.5 * 2.0 * g
-            updates, state = tx.update(1.0, state, value=value)
-            np.testing.assert_allclose(updates, g / u, rtol=1e-6)
+        weights, _ = follow(tx, batches)
+        expected, _ = published(batches, temperature, 0.5, alpha=2.0)
+        np.testing.assert_allclose(weights, expected, rtol=1e-4)
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_a_value_that_is_not_finite_leaves_the_average(self, value):
-        tx = scale_by_attention(2.0)
-        _, state = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
-        updates, after = tx.update(PARAMS, state, value=value)
-        chex.assert_trees_all_equal(updates, PARAMS)
-        chex.assert_trees_all_equal(after._replace(count=state.count), state)
-
-    def test_an_empty_batch_leaves_the_average(self):
-        tx = scale_by_attention(2.0)
-        _, state = tx.update(PARAMS, tx.init(PARAMS), value=1.0, where=jnp.array([True, False]))
-        _, after = tx.update(PARAMS, state, value=0.0, where=jnp.array([False, False]))
-        chex.assert_trees_all_equal(after._replace(count=state.count), state)
-
-    @pytest.mark.parametrize("temperature", [1e-6, -1e-6, 1.0, 1e20])
-    @pytest.mark.parametrize("values", [(1e30, -1e30, 1e30), (-3e38, 3e38, -3e38)])
-    def test_enormous_values(self, temperature, values):
-        tx = scale_by_attention(temperature)
-        state = tx.init(1.0)
-        for value in values:
-            scale, state = tx.update(1.0, state, value=value)
-            assert 0 <= scale <= 1 / 0.9 + 1e-6
-            assert jnp.isfinite(state.baseline)
-
-    def test_gradient_of_updates_that_leave_the_average(self, x64):
-        # Off, then on, then a value that is not finite, then off again.
-        temperatures, poison = jnp.array([jnp.inf, 2, 2, jnp.inf]), jnp.array([0, 0, jnp.inf, 0])
-
-        def run(value):
-            state, scales = AttentionState(jnp.int32(0), 0.0, jnp.float64(-jnp.inf)), []
-            for temperature, added in zip(temperatures, poison, strict=True):
-                tx = scale_by_attention(temperature, gamma=0.5)
-                scale, state = tx.update(jnp.float64(1.0), state, value=value + added)
-                scales.append(scale * value)
-            return jnp.stack(scales), state.baseline
-
-        jax.test_util.check_grads(run, (jnp.float64(1.5),), order=1, modes=["rev"])
+    def test_state_is_five_scalars_of_stable_dtype(self):
+        tx = scale_by_attention(optax.linear_schedule(1.0, 2.0, 10))
+        _, states = follow(tx, RNG.gamma(2.0, size=(12, 8)))  # scan insists on stable types
+        assert len(states) == 5
+        assert all(leaf.shape == (13,) for leaf in states)
+        np.testing.assert_array_equal(states.count, np.arange(13))
+        np.testing.assert_array_equal(states.averaged, np.arange(13))
 
 
-class TestInjectHyperparams:
-    def test_schedule_goes_past_it(self):
-        schedule = optax.linear_schedule(2.0, 1.0, 10)
-        tx = optax.inject_hyperparams(absgd, static_args=("temperature",))(0.05, schedule)
-        params = train(tx, 10)[0]
-        chex.assert_trees_all_close(params, train(absgd(0.05, schedule), 10)[0], atol=1e-6)
+class TestGamma:
+    BATCHES = RNG.gamma(2.0, size=(60, 16)).astype(np.float32)
 
-    def test_schedule_through_it_is_an_error(self):
-        tx = optax.inject_hyperparams(absgd)(0.05, optax.linear_schedule(2.0, 1.0, 10))
-        with pytest.raises(ValueError, match=r"static_args=\('temperature',\)"):
-            get_temperature(tx.init(PARAMS))
+    def test_schedule(self):
+        """The t-th batch has the weight 1 / t: u is the mean of all."""
+        tx = scale_by_attention(2.0, gamma=lambda count: 1 / (count.astype(jnp.float32) + 1))
+        _, states = follow(tx, self.BATCHES)
+        means = np.cumsum(np.exp(np.float64(self.BATCHES) / 2).mean(axis=1)) / np.arange(1, 61)
+        np.testing.assert_allclose(states.baseline[1:], 2 * np.log(means), rtol=1e-5)
+
+    def test_schedule_that_reaches_1_and_leaves_it(self):
+        def gamma(count):
+            return jnp.where((count >= 5) & (count < 9), 1.0, 0.5)
+
+        weights, states = follow(scale_by_attention(-0.7, gamma=gamma), self.BATCHES)
+        alone, _ = published(self.BATCHES[8:9], -0.7, 1.0)
+        np.testing.assert_allclose(weights[8], alone[0], rtol=1e-4)
+        u = 0.0
+        for t, losses in enumerate(np.float64(self.BATCHES)):
+            newest = 1.0 if 5 <= t < 9 else 0.5
+            u = (1 - newest) * u + newest * np.exp(losses / -0.7).mean()
+        np.testing.assert_allclose(states.baseline[-1], -0.7 * np.log(u), rtol=1e-5)
+
+    @pytest.mark.parametrize("gamma", [0.01, 0.1, 0.9, 1.0])
+    @pytest.mark.parametrize("plain", [0, 5])
+    def test_debias(self, gamma, plain):
+        """As Adam's: γ / (1 - (1 - γ)^t) in the t-th weighted batch, the first weighing its own."""
+        temperature = two_stage(2.0, plain)
+        tx = scale_by_attention(temperature, gamma=gamma, debias=True)
+        weights, _ = follow(tx, self.BATCHES)
+        u = 0.0
+        for t, losses in enumerate(np.float64(self.BATCHES[plain:]), start=1):
+            u = (1 - gamma) * u + gamma * np.exp(losses / 2).mean()
+            corrected = u / (1 - (1 - gamma) ** t)
+            expected = np.exp(losses / 2) / (16 * corrected)
+            np.testing.assert_allclose(weights[plain + t - 1], expected, rtol=2e-5)
+        np.testing.assert_allclose(weights[plain].sum(), 1, rtol=1e-5)
+        published_first, _ = follow(
+            scale_by_attention(temperature, gamma=gamma), self.BATCHES[: plain + 1]
+        )
+        np.testing.assert_allclose(published_first[-1].sum(), 1 / gamma, rtol=1e-5)
+
+
+K, STEPS = 3, 4
+BATCHES = np.float32(RNG.normal(size=(STEPS, 12, 3))), np.float32(RNG.normal(size=(STEPS, 12)))
+
+
+def micro(batches):
+    return tuple(a.reshape(len(a) * K, -1, *a.shape[2:]) for a in batches)
+
+
+def train_on(tx, batches):
+    """As ``train``, with a batch a step."""
+
+    def body(carry, batch):
+        return step(tx, *carry, *batch), carry
+
+    carry = PARAMS, tx.init(PARAMS)
+    carry, history = jax.jit(functools.partial(jax.lax.scan, body))(carry, batches)
+    return *carry, history
+
+
+class TestAccumulate:
+    @pytest.mark.parametrize(
+        "build",
+        [
+            lambda wrap: wrap(abadam(0.01, 2.0)),
+            lambda wrap: optax.chain(wrap(scale_by_attention(2.0)), optax.scale(-0.01)),
+            lambda wrap: wrap(
+                optax.named_chain(
+                    ("clip", optax.clip_by_global_norm(1.0)), ("opt", absgd(0.01, 2.0))
+                )
+            ),
+            lambda wrap: wrap(optax.inject_hyperparams(absgd)(0.01, 2.0)),
+            lambda wrap: wrap(optax.apply_if_finite(absgd(0.01, 2.0), 3)),
+            lambda wrap: wrap(absgd(0.01, optax.linear_schedule(3.0, 1.0, STEPS))),
+        ],
+        ids=["abadam", "inside_chain", "around_chain", "inject", "apply_if_finite", "schedule"],
+    )
+    def test_composes(self, build):
+        with jax.numpy_dtype_promotion("standard"):  # optax itself needs it
+            expected, _, _ = train_on(build(lambda opt: opt), BATCHES)
+            params, _, _ = train_on(build(lambda opt: accumulate(opt, K)), micro(BATCHES))
+        chex.assert_trees_all_close(params, expected, rtol=1e-5)
+
+    def test_between_the_batches_nothing_moves(self):
+        tx = accumulate(absgd(0.01, optax.linear_schedule(3.0, 1.0, STEPS)), K)
+        _, opt_state, (params, states) = train_on(tx, micro(BATCHES))
+        moving = params, states.inner_opt_state
+        held = jax.tree.map(lambda a: a[::K], moving)
+        chex.assert_trees_all_equal(moving, jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), held))
+        # λ is the schedule of the batches, not of the micro-batches.
+        np.testing.assert_allclose(
+            jax.vmap(get_temperature)(states), np.repeat([3.0, 2.5, 2.0, 1.5], K)
+        )
+        assert get_temperature(opt_state) == 1.0
+        np.testing.assert_array_equal(states.mini_step, np.tile(np.arange(K), STEPS))
+
+    def test_memory_is_that_of_multi_steps(self):
+        params = {"w": jnp.zeros((300, 100)), "b": jnp.zeros(100)}
+
+        def memory(opt):
+            def update(params, opt_state, grads, value):
+                updates, opt_state = opt.update(grads, opt_state, params, value=value)
+                return optax.apply_updates(params, updates), opt_state
+
+            args = params, opt.init(params), params, jnp.float32(1.0)
+            with jax.numpy_dtype_promotion("standard"):
+                compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*args).compile()
+            sizes = compiled.memory_analysis()
+            return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
+
+        opt = absgd(0.1, 1.0)
+        assert memory(accumulate(opt, 4)) < memory(optax.MultiSteps(opt, 4)) + 4096
+
+    def test_accumulates_in_float32(self):
+        opt_state = accumulate(absgd(0.01, 0.5), 2).init(jnp.ones(3, jnp.bfloat16))
+        assert opt_state.acc_grads.dtype == jnp.float32
+
+    def test_a_poisoned_micro_batch_leaves_no_trace_after_its_batch(self):
+        tx = accumulate(optax.apply_if_finite(absgd(0.01, 0.5), 3), K)
+        x, y = BATCHES
+        y = y.copy()
+        y[1, 5] = np.nan
+        with jax.numpy_dtype_promotion("standard"):
+            params, opt_state, _ = train_on(tx, micro((x, y)))
+            expected, expected_state, _ = train_on(tx, micro((x[[0, 2, 3]], y[[0, 2, 3]])))
+        chex.assert_trees_all_equal(params, expected)
+        assert optax.tree.get(opt_state, "total_notfinite") == 1
+        chex.assert_trees_all_equal(
+            *(optax.tree.get(s, "baseline") for s in (opt_state, expected_state))
+        )
+
+    def test_one_micro_batch(self):
+        tx = absgd(0.01, 0.5)
+        chex.assert_trees_all_close(
+            train_on(accumulate(tx, 1), BATCHES)[0], train_on(tx, BATCHES)[0], rtol=1e-6
+        )
+
+    def test_multi_steps_sees_the_last_value_only(self):
+        """Why there is an ``accumulate``."""
+        tx = absgd(0.01, 2.0)
+        with jax.numpy_dtype_promotion("standard"):
+            _, by_optax, _ = train_on(optax.MultiSteps(tx, K), micro(BATCHES))
+        _, expected, _ = train_on(tx, BATCHES)
+        baselines = [optax.tree.get(s, "baseline") for s in (by_optax, expected)]
+        assert not np.isclose(*baselines, rtol=1e-3)
+
+    def test_no_attention(self):
+        tx = accumulate(optax.with_extra_args_support(optax.sgd(0.1)), 2)
+        with pytest.raises(ValueError, match="opt_state must hold one AttentionState, got 0"):
+            tx.update(jnp.ones(3), tx.init(jnp.ones(3)), value=1.0)
 
 
 class TestGetTemperature:
@@ -201,10 +275,27 @@ class TestGetTemperature:
             get_temperature(tx.init(PARAMS))
 
 
-class TestBadInput:
-    def test_traced_hyperparameters_are_not_checked(self):
+class TestTracedHyperparameters:
+    def test_are_not_checked(self):
         def run(temperature, gamma):
             tx = scale_by_attention(temperature, gamma=gamma)
             return tx.update(1.0, tx.init(1.0), value=1.0)[0]
 
         assert jax.vmap(run)(jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0])).shape == (2,)
+
+    def test_temperatures_side_by_side(self):
+        temperatures = jnp.array([0.5, 5.0, -1.0, jnp.inf])
+        swept = jax.vmap(lambda t: train(absgd(0.02, t), 10)[0])(temperatures)
+        for i, t in enumerate(temperatures.tolist()):
+            chex.assert_trees_all_close(
+                jax.tree.map(lambda p, i=i: p[i], swept), train(absgd(0.02, t), 10)[0], rtol=1e-5
+            )
+
+
+def test_a_step_on_the_losses_themselves():
+    """attend, which the tests rest on, is what a user's loop does."""
+    tx = scale_by_attention(0.7)
+    losses = jnp.float32(RNG.gamma(2.0, size=8))
+    weights, _ = attend(tx, losses, tx.init(None))
+    expected, _ = published(losses[None], 0.7, 0.9)
+    np.testing.assert_allclose(weights, expected[0], rtol=1e-5)

@@ -4,13 +4,15 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._attention import tilt
-from absgd_jax._checks import as_array, as_losses, as_mask, check_number, whole_number
+from absgd_jax._checks import as_array, as_batch, as_mask, check_number, whole_number
 from absgd_jax._reduce import psum
-from absgd_jax._temperature import check_temperature, is_flat
+from absgd_jax._state import find, is_flat
+from absgd_jax._tilt import divergences, far, temperature_and_baseline, tilted_means
 
 
 def effective_sample_size(
@@ -36,14 +38,12 @@ def effective_sample_size(
       ValueError: ``weights`` is a scalar, or ``where`` has another shape.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.diagnostics import effective_sample_size
-      >>> print(effective_sample_size(jnp.array([0.5, 0.5, 0.0, 0.0])))
+      >>> print(effective_sample_size([0.5, 0.5, 0.0, 0.0]))
       0.5
     """
-    shares, n = _shares(weights, where, axis_name)
-    squares = psum(jnp.sum(jnp.square(shares)), axis_name)
-    return jnp.where(squares > 0, 1 / (n * jnp.where(squares > 0, squares, 1)), 0)
+    (chi2, _), n = _divergences(weights, where, axis_name)
+    return jnp.where(n > 0, 1 / (1 + chi2), 0)
 
 
 def largest_weight(
@@ -63,9 +63,8 @@ def largest_weight(
       TypeError, ValueError: As :func:`effective_sample_size`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.diagnostics import largest_weight
-      >>> print(largest_weight(jnp.array([1.0, 3.0])))
+      >>> print(largest_weight([1.0, 3.0]))
       0.75
     """
     shares, _ = _shares(weights, where, axis_name)
@@ -95,16 +94,12 @@ def kl_divergence(
       TypeError, ValueError: As :func:`effective_sample_size`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.diagnostics import kl_divergence
-      >>> print(f"{kl_divergence(jnp.array([0.5, 0.5, 0.0, 0.0])):.4f}")
+      >>> print(f"{kl_divergence([0.5, 0.5, 0.0, 0.0]):.4f}")
       0.6931
     """
-    shares, n = _shares(weights, where, axis_name)
-    # Σ w = 1, and the sum of what is never negative stays so in floating point.
-    terms = jax.scipy.special.kl_div(n * shares, jnp.ones_like(shares))
-    total = jnp.sum(terms, where=where)
-    return psum(total, axis_name) / jnp.maximum(n, 1)
+    (_, kl), _ = _divergences(weights, where, axis_name)
+    return kl
 
 
 def class_mass(
@@ -134,9 +129,8 @@ def class_mass(
         ``num_classes`` is less than 1.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.diagnostics import class_mass
-      >>> print(class_mass(jnp.array([1.0, 1.0, 2.0]), jnp.array([0, 0, 1]), num_classes=3))
+      >>> print(class_mass([1.0, 1.0, 2.0], [0, 0, 1], num_classes=3))
       [0.5 0.5 0. ]
     """
     check_number("num_classes", num_classes, whole_number(1))
@@ -145,20 +139,19 @@ def class_mass(
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integers, got {labels.dtype}.")
     if labels.shape != shares.shape:
-        raise ValueError(
-            f"labels must have the shape of weights, {shares.shape}, got {labels.shape}."
-        )
-    # One-hot, since a scatter does not work over a sharded axis.
-    one_hot = jax.nn.one_hot(labels, num_classes, dtype=shares.dtype)
+        wanted = f"the shape of weights, {shares.shape}"
+        raise ValueError(f"labels must have {wanted}, got {labels.shape}.")
+    # One-hot, since a scatter does not work over a sharded axis; and by int32, as uint8 would bring
+    # class 256 back to 0.
+    one_hot = jax.nn.one_hot(labels.astype(jnp.int32), num_classes, dtype=shares.dtype)
     mass = jnp.sum(one_hot * shares[..., None], axis=tuple(range(shares.ndim)))
     return psum(mass, axis_name)
 
 
 def summary(
     losses: ArrayLike,
-    temperature: ArrayLike,
+    opt_state: optax.OptState,
     *,
-    baseline: ArrayLike | None = None,
     labels: ArrayLike | None = None,
     num_classes: int | None = None,
     where: ArrayLike | None = None,
@@ -167,9 +160,8 @@ def summary(
     r"""All of it as a flat dictionary of scalars, for any logger.
 
     Args:
-      losses: Per-example losses, as in :func:`absgd_jax.robust_loss`.
-      temperature: λ that they are weighted by, ``get_temperature(opt_state)``.
-      baseline: V of the state, ``optax.tree.get(opt_state, "baseline")``.
+      losses: Per-example losses, as they are, not tilted: as in :func:`absgd_jax.robust_loss`.
+      opt_state: The state that they are tilted with, as in :func:`absgd_jax.tilt`.
       labels: As in :func:`class_mass`.
       num_classes: As in :func:`class_mass`.
       where: As in :func:`effective_sample_size`.
@@ -177,52 +169,53 @@ def summary(
 
     Returns:
       ``mean_loss``; ``robust_loss``, F; ``temperature``, λ; ``effective_sample_size``,
-      ``largest_weight`` and ``kl_divergence`` of the weights. With ``baseline``,
-      ``log_normalizer``, :math:`\log(u / \alpha) = V / \lambda`, and ``log_normalizer_drift``,
-      :math:`(F - V) / \lambda`: how far the batch stands above the moving average, both 0 while λ
-      or V is infinite. With ``labels``, ``class_mass/0``, ``class_mass/1``, ...
+      ``largest_weight`` and ``kl_divergence`` of the weights; ``log_normalizer``,
+      :math:`\log(u / \alpha) = V / \lambda`, and ``log_normalizer_drift``,
+      :math:`(F - V) / \lambda`: how far the batch stands above the moving average, both 0 while
+      there is none or λ is infinite. With ``labels``, ``class_mass/0``, ``class_mass/1``, ...
 
     Raises:
-      TypeError, ValueError: As :func:`absgd_jax.robust_loss` and :func:`class_mass`.
+      TypeError, ValueError: As :func:`absgd_jax.robust_loss`, :func:`absgd_jax.tilt` and
+        :func:`class_mass`.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from absgd_jax import diagnostics
+      >>> from absgd_jax import absgd, diagnostics
+      >>> opt_state = absgd(0.1, temperature=1.0).init(jnp.zeros(3))
       >>> losses, labels = jnp.array([0.1, 0.2, 3.0]), jnp.array([0, 0, 1])
-      >>> for name, x in diagnostics.summary(losses, 1.0, labels=labels, num_classes=2).items():
-      ...   print(f"{name} {x:.3f}")
+      >>> scalars = diagnostics.summary(losses, opt_state, labels=labels, num_classes=2)
+      >>> for name, scalar in scalars.items():
+      ...   print(f"{name} {scalar:.3f}")
       mean_loss 1.100
       robust_loss 2.011
       temperature 1.000
       effective_sample_size 0.412
       largest_weight 0.896
       kl_divergence 0.693
+      log_normalizer 0.000
+      log_normalizer_drift 0.000
       class_mass/0 0.104
       class_mass/1 0.896
     """
-    check_temperature(temperature)
-    losses = as_losses(losses)
-    loss, weights, n = tilt(losses, temperature, where, axis_name)
+    state = find(opt_state)
+    losses = as_batch("losses", losses)
     if where is not None:
-        losses = jnp.where(where, losses, 0)
-    lam = jnp.asarray(temperature, losses.dtype)
+        where = as_mask(where, losses.shape)
+    lam, baseline = temperature_and_baseline(state, losses.dtype)
+    flat = is_flat(lam)
+    batch = tilted_means(losses, far(lam), where, axis_name)
+    weights = jnp.where(flat, 1, jnp.exp(batch.z))
+    weighted = (jnp.asarray(state.averaged) > 0) & ~flat
     scalars = {
-        "mean_loss": psum(jnp.sum(losses), axis_name) / jnp.maximum(n, 1),
-        "robust_loss": loss,
+        "mean_loss": batch.mean,
+        "robust_loss": jnp.where(flat, batch.mean, batch.robust),
         "temperature": lam,
         "effective_sample_size": effective_sample_size(weights, where=where, axis_name=axis_name),
         "largest_weight": largest_weight(weights, where=where, axis_name=axis_name),
         "kl_divergence": kl_divergence(weights, where=where, axis_name=axis_name),
+        "log_normalizer": jnp.where(weighted, baseline / lam, 0),
+        "log_normalizer_drift": jnp.where(weighted, (batch.robust - baseline) / lam, 0),
     }
-    if baseline is not None:
-        baseline = as_array("baseline", baseline).astype(losses.dtype)
-        if baseline.shape != ():
-            raise ValueError(f"baseline must be a scalar, got shape {baseline.shape}.")
-        weighted = jnp.isfinite(baseline) & ~is_flat(lam)
-        for name, x in (("", baseline), ("_drift", loss - baseline)):
-            scalars[f"log_normalizer{name}"] = jnp.where(weighted, x, 0) / jnp.where(
-                weighted, lam, 1
-            )
     if labels is not None:
         if num_classes is None:
             raise TypeError("num_classes is missing; labels alone do not tell how many there are.")
@@ -231,11 +224,21 @@ def summary(
     return scalars
 
 
+def _divergences(
+    weights: ArrayLike, where: ArrayLike | None, axis_name: Hashable | None
+) -> tuple[list[jax.Array], jax.Array]:
+    """χ² and KL of the weights, and their number."""
+    shares, n = _shares(weights, where, axis_name)
+    z = jnp.log(jnp.maximum(n * shares, float(np.finfo(shares.dtype).tiny)))
+    sums = psum([jnp.sum(x, where=where) for x in divergences(z, jnp.expm1(z))], axis_name)
+    return [x / jnp.maximum(n, 1) for x in sums], n
+
+
 def _shares(
     weights: ArrayLike, where: ArrayLike | None, axis_name: Hashable | None
 ) -> tuple[jax.Array, jax.Array]:
     """The weights, normalised to a sum of 1, and their number; 0 where masked out."""
-    weights = as_losses(weights, name="weights")
+    weights = as_batch("weights", weights)
     n = jnp.asarray(weights.size, weights.dtype)
     if where is not None:
         where = as_mask(where, weights.shape, of="weights")

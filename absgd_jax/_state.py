@@ -1,0 +1,122 @@
+"""The state of the attention, wherever it sits in an optimiser's state, and the λ in it."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from absgd_jax._checks import check_number, Condition
+
+# From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
+INFINITE = 1e30
+# Below it |λ| is this: at losses of about 1 their exponents would have no digits left in float32.
+SMALLEST = 1e-6
+
+TEMPERATURE: Condition = (
+    lambda x: abs(x) >= SMALLEST,
+    f"be {SMALLEST:g} or more, or -{SMALLEST:g} or less",
+)
+
+
+class AttentionState(NamedTuple):
+    """State of :func:`scale_by_attention`: five scalars.
+
+    Attributes:
+      count: Number of updates so far.
+      temperature: λ of the next loss and of its update.
+      baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch the
+        last mean loss, or 0.
+      averaged: Number of weighted batches that V is an average of; 0 at γ = 1, which averages none.
+      given: The λ that the optimiser was last given. Where it is given another, as by a schedule or
+        ``optax.inject_hyperparams``, that replaces ``temperature``.
+    """
+
+    count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
+    temperature: ArrayLike  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    baseline: ArrayLike  # shape=(), dtype as temperature
+    averaged: ArrayLike  # shape=(), dtype=jnp.int32
+    given: ArrayLike  # shape=(), dtype as temperature
+
+
+def get_temperature(opt_state: optax.OptState) -> jax.Array:
+    """Temperature for the next loss, wherever the attention sits in the optimiser's state.
+
+    ``optax.tree.set(opt_state, temperature=...)`` sets it. ``optax.tree.get`` finds two of that
+    name where ``optax.inject_hyperparams`` keeps one, too; there a new value of
+    ``opt_state.hyperparams["temperature"]`` is followed from the next update on.
+
+    Args:
+      opt_state: State of a transformation that holds one :func:`scale_by_attention`, alone or
+        inside any chain or wrapper.
+
+    Returns:
+      λ, a float scalar.
+
+    Raises:
+      ValueError: The state holds no attention, or several.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax
+      >>> from absgd_jax import absgd, get_temperature
+      >>> opt_state = absgd(0.1, temperature=5.0).init(jnp.zeros(3))
+      >>> print(get_temperature(opt_state))
+      5.0
+      >>> opt_state = optax.tree.set(opt_state, temperature=jnp.float32(2.0))
+      >>> print(get_temperature(opt_state))
+      2.0
+    """
+    return sound(find(opt_state).temperature)
+
+
+def find(opt_state: optax.OptState) -> AttentionState:
+    """The attention's state inside the optimiser's."""
+
+    def is_attention(node: Any) -> bool:
+        return isinstance(node, AttentionState)
+
+    leaves = jax.tree.leaves(opt_state, is_leaf=is_attention)
+    found = [leaf for leaf in leaves if is_attention(leaf)]
+    if len(found) != 1:
+        got = f"{len(found)} AttentionState"
+        if not found and len(leaves) == 1 and leaves[0] is opt_state:
+            got = repr(opt_state)
+        raise ValueError(
+            f"opt_state must hold one AttentionState, got {got}; pass the state of absgd, abadam "
+            "or scale_by_attention, or of what wraps it. To train parts of a model apart, put one "
+            "scale_by_attention in front of optax.partition."
+        )
+    state: AttentionState = found[0]
+    return state
+
+
+def sound(lam: ArrayLike) -> jax.Array:
+    """λ as it is used: not between -1e-6 and 1e-6."""
+    lam = jnp.asarray(lam)
+    return jnp.where(jnp.abs(lam) < SMALLEST, jnp.where(lam < 0, -SMALLEST, SMALLEST), lam)
+
+
+def is_flat(lam: jax.Array) -> jax.Array:
+    """Whether λ counts as infinite."""
+    return jnp.abs(lam) >= INFINITE
+
+
+def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None:
+    if callable(temperature):
+        raise TypeError(
+            f"{name} must be a number here, got a schedule; pass what the schedule gives for "
+            "this step, which is get_temperature(opt_state)."
+        )
+    check_number(
+        name,
+        temperature,
+        TEMPERATURE,
+        "positive leans on hard examples, negative on easy ones, inf is the plain mean; jax.vmap "
+        "runs several",
+    )
+
+
+def eps(dtype: Any) -> float:
+    return float(np.finfo(dtype).eps)
