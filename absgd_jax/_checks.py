@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 Condition = tuple[Callable[[Any], bool], str]  # and in words: what the number must
 
 POSITIVE: Condition = (lambda x: 0 < x < np.inf, "be positive and finite")
+ABOVE_ZERO: Condition = (lambda x: x > 0, "be positive")
 NOT_NEGATIVE: Condition = (lambda x: 0 <= x < np.inf, "be 0 or more and finite")
 DECAY: Condition = (lambda x: 0 <= x < 1, "lie in [0, 1)")
 SHARE: Condition = (lambda x: 0 < x <= 1, "lie in (0, 1]")

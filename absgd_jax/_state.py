@@ -109,13 +109,8 @@ def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None
             f"{name} must be a number here, got a schedule; pass what the schedule gives for "
             "this step, which is get_temperature(opt_state)."
         )
-    check_number(
-        name,
-        temperature,
-        TEMPERATURE,
-        "positive leans on hard examples, negative on easy ones, inf is the plain mean; jax.vmap "
-        "runs several",
-    )
+    remedy = "positive leans on hard examples, negative on easy ones, inf is the plain mean"
+    check_number(name, temperature, TEMPERATURE, f"{remedy}; jax.vmap runs several")
 
 
 def eps(dtype: Any) -> float:

@@ -96,8 +96,7 @@ def two_stage(
       5.0
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     check_number("begin", begin, whole_number(0), "it is a number of updates")
     second = as_temperature(temperature)
@@ -184,12 +183,8 @@ def target_ess(
       >>> print(f"{diagnostics.summary(losses, opt_state)['effective_sample_size']:.1f}")
       0.5
     """
-    check_number(
-        "fraction",
-        fraction,
-        (lambda x: 0 < x < 1, "lie in (0, 1)"),
-        "it is the effective share of the batch",
-    )
+    inside = lambda x: 0 < x < 1, "lie in (0, 1)"
+    check_number("fraction", fraction, inside, "it is the effective share of the batch")
     return _automatic("chi2", 1 / fraction - 1, init_value, rate, damping)
 
 
@@ -258,9 +253,8 @@ def _automatic(
     damping: float | jax.Array,
 ) -> Temperature:
     check_temperature(init_value, name="init_value")
-    check_number(
-        "rate", rate, (lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"), "a larger one overshoots"
-    )
+    slow = lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"
+    check_number("rate", rate, slow, "a larger one overshoots")
     check_number("damping", damping, NOT_NEGATIVE)
 
     def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
@@ -273,9 +267,7 @@ def _automatic(
         excess = jnp.log(jnp.where(moves, reached / aim, 1))
         flat = is_flat(lam)
         step = jnp.clip(jnp.asarray(rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP)
-        size = jnp.abs(far(lam)) * jnp.exp(jnp.where(flat, excess / 2, step))
-        size = jnp.maximum(size, SMALLEST)
-        tuned = jnp.where(lam < 0, -size, size)
+        tuned = far(lam) * jnp.exp(jnp.where(flat, excess / 2, step))
         # Of weights that are not in use, or lean on easy examples, nothing needs damping.
         damped = moves & (lam > 0) & ~flat
         spread = jnp.sqrt(jnp.where(damped, chi2, 0))

@@ -83,8 +83,7 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState) -> jax.Array:
       [2.7]
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
 
       Ben-Tal & Teboulle, `An Old-New Concept of Convex Risk Measures: The Optimized Certainty
       Equivalent <https://doi.org/10.1111/j.1467-9965.2007.00311.x>`_, 2007, for the dual form
@@ -229,8 +228,7 @@ def robust_loss(
       [0.049 0.054 0.896]
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     check_temperature(temperature)
     losses = as_batch("losses", losses)
@@ -269,7 +267,11 @@ def tilted_means(
     if where is not None:
         losses = jnp.where(where, losses, shift)  # 0 * NaN would be NaN in their gradients
         n = jnp.sum(where, dtype=lam.dtype)
-    z = (losses - shift) / lam
+    gap = losses - shift
+    # Where XLA fuses the product that the losses are into this difference, it isn't rounded as it
+    # was for the maximum; what is left of the largest would, over a small λ, be an exponent.
+    rounding = eps(lam.dtype) * jnp.abs(shift)
+    z = (gap - lax.stop_gradient(jnp.where(jnp.abs(gap) <= rounding, gap, 0))) / lam
 
     sums = [jnp.sum(x, where=where) for x in (losses, jnp.exp(z), lax.stop_gradient(jnp.expm1(z)))]
     *sums, n = psum([*sums, n], axis_name)
@@ -277,8 +279,8 @@ def tilted_means(
     # As λ grows `exp` nears 1 and its logarithm loses the digits that λ then multiplies, which
     # log1p keeps; far from 1 it is log1p that loses them. The two have one derivative.
     log = jnp.log(jnp.where(n > 0, exp, 1))
-    log1p = jnp.log1p(jnp.where(expm1 > -0.5, expm1, 0))
-    log += jnp.where(expm1 > -0.5, log1p - lax.stop_gradient(log), 0)
+    near = jnp.abs(expm1) < 0.5
+    log += jnp.where(near, jnp.log1p(jnp.where(near, expm1, 0)) - lax.stop_gradient(log), 0)
     return Tilted(mean, jnp.where(n > 0, shift + lam * log, 0), z - log, shift, log, n)
 
 

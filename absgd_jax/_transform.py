@@ -9,6 +9,7 @@ import optax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import (
+    ABOVE_ZERO,
     as_batch,
     as_mask,
     as_value,
@@ -105,25 +106,14 @@ def scale_by_attention(
       [2.7]
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     tuned = as_temperature(temperature)
     if not callable(gamma):
-        check_number(
-            "gamma",
-            gamma,
-            SHARE,
-            "it is the weight of the newest batch in the moving average, one minus its decay",
-        )
+        check_number("gamma", gamma, SHARE, "it is one minus the decay of the moving average")
     check_number("alpha", alpha, POSITIVE, "the gradients are divided by it")
     if max_jump is not None:
-        check_number(
-            "max_jump",
-            max_jump,
-            (lambda x: x > 0, "be positive"),
-            "None leaves the average unbounded",
-        )
+        check_number("max_jump", max_jump, ABOVE_ZERO, "None leaves the average unbounded")
     elif tuned.automatic:
         max_jump = 3.0
 
@@ -271,8 +261,7 @@ def absgd(
       [1.]
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     _check_optimizer(learning_rate, weight_decay)
     if momentum is not None:
@@ -339,8 +328,7 @@ def abadam(
       [2.7]
 
     References:
-      Qi et al., `Attentional-Biased Stochastic Gradient Descent
-      <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+      Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     _check_optimizer(learning_rate, weight_decay)
     check_number("b1", b1, DECAY)

@@ -31,6 +31,7 @@ from hypothesis import strategies as st
 
 from absgd_jax import (
     AttentionState,
+    get_temperature,
     robust_loss,
     scale_by_attention,
     target_ess,
@@ -387,7 +388,7 @@ def test_automatic_temperature(steps, target, rate, damping, precision, x64):
         numbers = map(precision.wide, (batch.gamma, batch.alpha, target, rate, damping))
         results = tuned(losses.astype(precision.dtype), where, states, *numbers)
         for (weights, state), before in zip(results, states, strict=True):
-            old, new = float(before.temperature), float(state.temperature)
+            old, new = (float(get_temperature(s)) for s in (before, state))
             assert np.sign(new) == np.sign(old)
             assert np.isfinite(state.baseline)
             if not kept.size or poison is not None:

@@ -5,7 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from absgd_jax._checks import are_numbers, check_number, whole_number
+from absgd_jax._checks import are_numbers, check_number, Condition, whole_number
 from absgd_jax.data._long_tail import check_labels, generator
 
 
@@ -19,25 +19,24 @@ def flip_labels(
 ) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
     """Labels with a given rate of noise.
 
-    Of each class, ``rate`` times as many labels as it has, rounded, are drawn again. ``kind`` says
-    from what:
+    Of each class, ``rate`` times as many labels as it has, rounded, are drawn again, from
 
-    - ``"symmetric"``: the other classes, all alike. Every label that is drawn again changes.
-    - ``"symmetric_inclusive"``: all classes, the true one included, so that only
-      ``rate * (C - 1) / C`` of the labels change.
-    - ``"asymmetric"``: the next class, and the first after the last.
-    - A matrix of shape ``[C, C]``: row c is the distribution of the new label of class c. With a
-      ``rate`` of 1 it is the transition matrix of the noise.
+    - ``"symmetric"``: the other classes, all alike, so that each of them changes;
+    - ``"symmetric_inclusive"``: all classes, so that ``rate * (C - 1) / C`` of the labels change;
+    - ``"asymmetric"``: the next class, and the first after the last;
+    - a matrix of shape ``[C, C]``, whose row c is the distribution of the new label of class c.
+      With a ``rate`` of 1 it is the transition matrix of the noise.
 
     Args:
       labels: Integers in [0, ``num_classes``), of shape ``[N]``.
       rate: In [0, 1].
-      kind: See above. The default is what the authors of ABSGD mean by symmetric noise.
+      kind: One of these. The default is what the authors of ABSGD mean by symmetric noise.
       num_classes: C.
       seed: An integer or a NumPy generator.
 
     Returns:
-      The noisy labels, and a mask of those that differ from ``labels``.
+      The noisy labels, in the dtype of ``labels`` or, where that can't hold all classes, in int64;
+      and a mask of those that differ from ``labels``.
 
     Raises:
       ValueError: An argument is out of range, or the rows of the matrix are not distributions.
@@ -65,12 +64,8 @@ def flip_labels(
     labels = check_labels(labels, num_classes)
     if labels.ndim != 1:
         raise ValueError(f"labels must have shape [N], got {labels.shape}.")
-    check_number(
-        "rate",
-        rate,
-        (lambda x: 0 <= x <= 1, "lie in [0, 1]"),
-        "it is the fraction of labels that are drawn again",
-    )
+    share: Condition = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
+    check_number("rate", rate, share, "it is the share of labels that are drawn again")
     identity = np.eye(num_classes)
     if are_numbers(kind):
         transition = np.asarray(kind, float)
@@ -82,18 +77,19 @@ def flip_labels(
         transition = np.roll(identity, 1, axis=1)
     else:
         raise ValueError(
-            "kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a "
-            f"transition matrix, got {kind!r}."
+            "kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a transition matrix, "
+            f"got {kind!r}."
         )
     if transition.shape != identity.shape:
         raise ValueError(f"kind must have shape {identity.shape}, got {transition.shape}.")
-    if np.any(transition < 0) or not np.allclose(transition.sum(axis=1), 1):
-        raise ValueError(
-            "kind must hold distributions, rows that are not negative and sum to 1, "
-            f"got {transition}."
-        )
+    sums = transition.sum(axis=1, keepdims=True)
+    if np.any(transition < 0) or not np.allclose(sums, 1):
+        rows = "rows that are not negative and sum to 1"
+        raise ValueError(f"kind must hold distributions, {rows}, got {transition}.")
+    transition = transition / sums  # rng.choice wants 1 to 1e-8, which float32 does not have
     rng = generator(seed)
-    noisy = labels.copy()
+    fits = num_classes - 1 <= np.iinfo(labels.dtype).max
+    noisy = labels.astype(labels.dtype if fits else np.int64)
     for c in range(num_classes):
         members = np.flatnonzero(labels == c)
         drawn = rng.choice(members, round(rate * len(members)), replace=False)

@@ -66,27 +66,20 @@ def long_tailed_counts(
       Cao et al., `Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019, whose code has this recipe
     """
-    check_number(
-        "imbalance_factor",
-        imbalance_factor,
-        SHARE,
-        "it is the size of the rarest class by that of the most frequent",
-    )
+    check_number("imbalance_factor", imbalance_factor, SHARE, "1 leaves the classes equal")
     check_number("num_classes", num_classes, whole_number(2))
     check_number("max_count", max_count, whole_number(1))
-    if kind == "exp":
-        exponents = [c / (num_classes - 1) for c in range(num_classes)]
-    elif kind == "step":
-        exponents = [float(c >= num_classes // 2) for c in range(num_classes)]
-    else:
+    if kind not in ("exp", "step"):
         raise ValueError(f"kind must be 'exp' or 'step', got {kind!r}.")
+
+    def exponent(c: int) -> float:
+        return c / (num_classes - 1) if kind == "exp" else float(c >= num_classes // 2)
+
     # Python's own arithmetic: published data sets hang on the last bit before the truncation.
-    counts = [int(max_count * imbalance_factor**exponent) for exponent in exponents]
+    counts = [int(max_count * imbalance_factor ** exponent(c)) for c in range(num_classes)]
     if counts[-1] < 1:
-        raise ValueError(
-            "max_count must leave the rarest class an example, got "
-            f"{max_count} with an imbalance_factor of {imbalance_factor}."
-        )
+        got = f"{max_count} with an imbalance_factor of {imbalance_factor}"
+        raise ValueError(f"max_count must leave the rarest class an example, got {got}.")
     return np.array(counts, np.int64)
 
 
@@ -105,11 +98,10 @@ def long_tailed_indices(
       labels: Integers of shape ``[N]``, each of the C classes 0, 1, ... being met.
       imbalance_factor: ρ in (0, 1], the size of the rarest class by that of the most frequent.
       kind: As in :func:`long_tailed_counts`, which gives the class sizes.
-      max_count: Size of the most frequent class. The default is the largest that serves every
-        class order: the size of the smallest class in ``labels``.
+      max_count: Size of the most frequent class. The default, the size of the smallest in
+        ``labels``, is the largest that serves every class order.
       class_order: Permutation of the classes, the most frequent first, such as
-        ``rng.permutation(C)``; in the order of their numbers if ``None``. Which classes are rare
-        matters as much as how rare they are.
+        ``rng.permutation(C)``: which are rare matters as much as how rare. 0, 1, ... if ``None``.
       seed: An integer or a NumPy generator.
 
     Returns:
@@ -129,27 +121,22 @@ def long_tailed_indices(
     labels = np.asarray(labels)
     num_classes = np.unique(labels).size
     if labels.ndim != 1 or num_classes < 2:
-        raise ValueError(
-            "labels must have shape [N] and be of two classes or more, got "
-            f"{labels.shape} of {num_classes}."
-        )
+        got = f"{labels.shape} of {num_classes}"
+        raise ValueError(f"labels must have shape [N] and be of two classes or more, got {got}.")
     available = class_counts(labels, num_classes)
     if max_count is None:
         max_count = int(available.min())
     counts = long_tailed_counts(max_count, num_classes, imbalance_factor, kind=kind)
     order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
     if order.shape != (num_classes,) or np.any(np.sort(order) != np.arange(num_classes)):
-        raise ValueError(
-            f"class_order must be a permutation of 0, ..., {num_classes - 1}, got {order}."
-        )
+        classes = f"0, ..., {num_classes - 1}"
+        raise ValueError(f"class_order must be a permutation of {classes}, got {order}.")
     rng = generator(seed)
     chosen = []
     for c, count in zip(order, counts, strict=True):
         if available[c] < count:
-            raise ValueError(
-                f"max_count must leave enough examples, got {max_count}: "
-                f"class {c} has {available[c]} and needs {count}."
-            )
+            got = f"{max_count}: class {c} has {available[c]} and needs {count}"
+            raise ValueError(f"max_count must leave enough examples, got {got}.")
         chosen.append(rng.choice(np.flatnonzero(labels == c), count, replace=False))
     return np.sort(np.concatenate(chosen))
 
@@ -181,18 +168,15 @@ def split_by_count(
       Liu et al., `Large-Scale Long-Tailed Recognition in an Open World
       <https://arxiv.org/abs/1904.05160>`_, CVPR 2019
     """
-    for name, x in (("many", many), ("few", few)):
-        check_number(name, x, NOT_NEGATIVE, "it is a number of examples")
+    check_number("many", many, NOT_NEGATIVE)
+    check_number("few", few, NOT_NEGATIVE)
     if few > many:
         raise ValueError(f"few must not exceed many, got {few} and {many}.")
     counts = np.asarray(counts)
     if counts.ndim != 1 or not are_numbers(counts) or not np.all(counts >= 0):
         raise ValueError(f"counts must hold one number a class, not negative, got {counts}.")
-    return (
-        np.flatnonzero(counts > many),
-        np.flatnonzero((counts >= few) & (counts <= many)),
-        np.flatnonzero(counts < few),
-    )
+    high, low = counts > many, counts < few
+    return np.flatnonzero(high), np.flatnonzero(~(high | low)), np.flatnonzero(low)
 
 
 def check_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:

@@ -1,22 +1,20 @@
 """Per-example losses for imbalanced and noisy labels, and class priors.
 
 A loss maps ``logits`` of shape ``[..., C]`` and ``labels`` to losses of shape ``[...]``, one an
-example, a token or a pixel, to be averaged or given to :func:`absgd_jax.robust_loss`. Labels are
-integers of shape ``[...]`` or, unless a loss says otherwise, distributions over the classes: floats
-of shape ``[..., C]``. Where the formula has a label y, a distribution's loss is the mean over
-its classes. Entries that ``where`` masks out have loss and gradient zero, whatever their logits and
-labels.
+example, a token or a pixel, to be averaged or given to :func:`absgd_jax.tilt`. Labels are integers
+of shape ``[...]`` or, unless a loss says otherwise, distributions over the classes: floats of shape
+``[..., C]``. Where the formula has a label y, a distribution's loss is the mean over its classes.
+Entries that ``where`` masks out have loss and gradient zero, whatever their logits and labels.
 
 Plain cross-entropy is ``optax.losses.softmax_cross_entropy``.
 """
 
-from absgd_jax.losses._balanced import arb as arb
-from absgd_jax.losses._balanced import balanced_softmax as balanced_softmax
-from absgd_jax.losses._focal import focal as focal
-from absgd_jax.losses._margin import ldam as ldam
-from absgd_jax.losses._margin import normalized_logits as normalized_logits
+from absgd_jax.losses._imbalance import arb as arb
+from absgd_jax.losses._imbalance import balanced_softmax as balanced_softmax
+from absgd_jax.losses._imbalance import focal as focal
+from absgd_jax.losses._imbalance import ldam as ldam
+from absgd_jax.losses._imbalance import normalized_logits as normalized_logits
 from absgd_jax.losses._priors import class_balanced_weights as class_balanced_weights
 from absgd_jax.losses._priors import deferred_weights as deferred_weights
-from absgd_jax.losses._priors import inverse_frequency_weights as inverse_frequency_weights
 from absgd_jax.losses._robust import generalized_cross_entropy as generalized_cross_entropy
 from absgd_jax.losses._robust import symmetric_cross_entropy as symmetric_cross_entropy

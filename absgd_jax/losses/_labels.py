@@ -7,24 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_array, as_mask, at_least_float32, is_concrete
+from absgd_jax._checks import as_floats, as_mask, is_concrete
 
 
 def canonicalize(
-    logits: ArrayLike,
-    labels: ArrayLike,
-    where: ArrayLike | None,
-    *,
-    distributions: bool = True,
+    logits: ArrayLike, labels: ArrayLike, where: ArrayLike | None, *, distributions: bool = True
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Checked logits in float32 or wider, labels, and mask; what is masked out is set to zero."""
-    logits = as_array("logits", logits)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits must be floating point, got {logits.dtype}; cast them.")
+    logits = as_floats("logits", logits)
     if logits.ndim == 0:
         raise ValueError("logits must have shape [..., C], got a scalar.")
-    *leading, num_classes = logits.shape
-    shape = tuple(leading)
+    shape, num_classes = logits.shape[:-1], logits.shape[-1]
     mask = jnp.ones(shape, bool) if where is None else as_mask(where, shape)
 
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
@@ -45,14 +38,13 @@ def canonicalize(
                 "have no label with `where`."
             )
 
-    dtype = at_least_float32(logits.dtype)
     # Zeros in place of what is masked out: 0 * NaN would be NaN in the gradient.
-    logits = jnp.where(mask[..., None], logits.astype(dtype), 0)
+    logits = jnp.where(mask[..., None], logits, 0)
     if integer:
         labels = jnp.asarray(labels).astype(jnp.int32)
         labels = jnp.where(labels < 0, num_classes, labels)  # out of range, not the last class
         return logits, jnp.where(mask, labels, 0), mask
-    return logits, jnp.where(mask[..., None], jnp.asarray(labels).astype(dtype), 0), mask
+    return logits, jnp.where(mask[..., None], jnp.asarray(labels, logits.dtype), 0), mask
 
 
 def is_integer(labels: jax.Array | np.ndarray) -> bool:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import are_numbers, check_number, DECAY, is_concrete, NOT_NEGATIVE
+from absgd_jax._checks import are_numbers, check_number, Condition, is_concrete, whole_number
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -16,12 +16,16 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     .. math::
       w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_{c=1}^C w_c = C
 
-    from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta \to 1`.
+    from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta = 1`.
+
+    Frequent classes have small weights, so that the mean weight of the examples is below 1, and
+    with it the gradients are small: 0.1 with two classes of 40 to 1 and :math:`\beta = 1`. Divide
+    by it, ``weights[labels].mean()`` over the training set, to keep their scale.
 
     Args:
       class_counts: Number of examples of each class, of shape ``[C]``. A class with none gets the
         weight of the rarest class that has some.
-      beta: β, in [0, 1).
+      beta: β, in [0, 1].
 
     Returns:
       Weights of shape ``[C]`` that sum to C. Those of the examples are ``weights[labels]``.
@@ -34,40 +38,21 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
       >>> from absgd_jax.losses import class_balanced_weights
       >>> print(class_balanced_weights([5000, 500, 50], beta=0.999).round(2))
       [0.13 0.32 2.56]
+      >>> print(class_balanced_weights([40, 40, 20], beta=1.0))
+      [0.75 0.75 1.5 ]
 
     References:
       Cui et al., `Class-Balanced Loss Based on Effective Number of Samples
       <https://arxiv.org/abs/1901.05555>`_, CVPR 2019
     """
-    check_number("beta", beta, DECAY, "its limit at 1 is inverse_frequency_weights")
+    condition: Condition = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
+    check_number("beta", beta, condition, "0 is equal weights, 1 inverse frequencies")
     counts, _ = positive_counts(class_counts)
-    # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999.
-    return _normalize(-1 / jnp.expm1(counts * jnp.log1p(-jnp.asarray(1 - beta, counts.dtype))))
-
-
-def inverse_frequency_weights(class_counts: ArrayLike) -> jax.Array:
-    r"""Class weights inversely proportional to the counts.
-
-    .. math::
-      w_c \propto \frac{1}{n_c}, \qquad \sum_{c=1}^C w_c = C
-
-    Args:
-      class_counts: Number of examples of each class, of shape ``[C]``. A class with none gets the
-        weight of the rarest class that has some.
-
-    Returns:
-      Weights of shape ``[C]`` that sum to C. Those of the examples are ``weights[labels]``.
-
-    Raises:
-      ValueError: ``class_counts`` has another shape, a negative or no positive entry.
-
-    Examples:
-      >>> from absgd_jax.losses import inverse_frequency_weights
-      >>> print(inverse_frequency_weights([40, 40, 20]))
-      [0.75 0.75 1.5 ]
-    """
-    counts, _ = positive_counts(class_counts)
-    return _normalize(1 / counts)
+    # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999; and not 0,
+    # near which the weights are the inverse frequencies to the last digit.
+    rest = jnp.maximum(jnp.asarray(1 - beta, counts.dtype), 1e-20)
+    weights = -1 / jnp.expm1(counts * jnp.log1p(-rest))
+    return weights * (weights.size / jnp.sum(weights))
 
 
 def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Array], jax.Array]:
@@ -75,18 +60,18 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
 
     Args:
       weights: Class weights of shape ``[C]``, such as :func:`class_balanced_weights`.
-      start: The first step that has them.
+      start: The first step that has them, a whole number.
 
     Returns:
       A schedule, step -> weights of shape ``[C]``; the step may be traced.
 
     Raises:
       ValueError: ``weights`` has another shape, a negative or no positive entry; or ``start`` is
-        negative.
+        not a whole number from 0 on.
 
     Examples:
-      >>> from absgd_jax.losses import deferred_weights, inverse_frequency_weights
-      >>> schedule = deferred_weights(inverse_frequency_weights([40, 40, 20]), start=100)
+      >>> from absgd_jax.losses import deferred_weights
+      >>> schedule = deferred_weights([0.75, 0.75, 1.5], start=100)
       >>> print(schedule(99), schedule(100))
       [1. 1. 1.] [0.75 0.75 1.5 ]
 
@@ -95,7 +80,7 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
       <https://arxiv.org/abs/1906.07413>`_, NeurIPS 2019
     """
     check_per_class("weights", weights)
-    check_number("start", start, NOT_NEGATIVE, "it is the first step that has the weights")
+    check_number("start", start, whole_number(0), "it is the first step that has the weights")
     weights = jnp.asarray(weights)
     return lambda step: jnp.where(step < start, jnp.ones_like(weights), weights)
 
@@ -126,13 +111,6 @@ def check_per_class(name: str, x: ArrayLike, logits: jax.Array | None = None) ->
         )
     if is_concrete(x):
         numbers = np.asarray(x)
-        if not (
-            are_numbers(numbers)
-            and np.all((numbers >= 0) & (numbers < np.inf))
-            and np.any(numbers > 0)
-        ):
+        sound = are_numbers(numbers) and np.all((numbers >= 0) & (numbers < np.inf))
+        if not (sound and np.any(numbers > 0)):
             raise ValueError(f"{name} must be finite, not negative and not all zero, got {x}.")
-
-
-def _normalize(weights: jax.Array) -> jax.Array:
-    return weights * (weights.size / jnp.sum(weights))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import check_number, DECAY, NOT_NEGATIVE, SHARE
+from absgd_jax._checks import check_number, Condition, DECAY, NOT_NEGATIVE, SHARE
 from absgd_jax.losses._labels import canonicalize, distribution, expected
 
 
@@ -27,25 +27,23 @@ def symmetric_cross_entropy(
     For a label :math:`y` the reverse term is :math:`-A (1 - p_y)`.
 
     Args:
-      logits: z, floating point, of shape ``[..., C]``.
-      labels: q, distributions of shape ``[..., C]``, or integers of shape ``[...]``.
+      logits: z, as in :func:`balanced_softmax`.
+      labels: q, as in :func:`balanced_softmax`.
       alpha: α, the weight of the cross-entropy.
       beta: β, the weight of the reverse cross-entropy. These defaults are the authors' for
         CIFAR-10; for CIFAR-100 they have α = 6 and β = 0.1.
-      log_zero: A, what stands for the logarithm of 0; negative. The authors' code has
-        ``log(1e-4)``.
-      where: Boolean array of shape ``[...]``: the entries that are not masked out.
+      log_zero: A, what stands for the logarithm of 0; negative. Their code has ``log(1e-4)``.
+      where: As in :func:`balanced_softmax`.
 
     Returns:
-      Losses of shape ``[...]``, in float32 or in the dtype of ``logits`` if that is wider.
+      Losses, as :func:`balanced_softmax`.
 
     Raises:
       TypeError, ValueError: As :func:`balanced_softmax`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.losses import symmetric_cross_entropy
-      >>> logits, labels = jnp.array([[9.0, 0.0], [9.0, 0.0]]), jnp.array([0, 1])
+      >>> logits, labels = [[9.0, 0.0], [9.0, 0.0]], [0, 1]
       >>> print(symmetric_cross_entropy(logits, labels).round(2))
       [0.  4.9]
 
@@ -56,12 +54,8 @@ def symmetric_cross_entropy(
     logits, labels, where = canonicalize(logits, labels, where)
     check_number("alpha", alpha, NOT_NEGATIVE)
     check_number("beta", beta, NOT_NEGATIVE)
-    check_number(
-        "log_zero",
-        log_zero,
-        (lambda x: -np.inf < x < 0, "be negative and finite"),
-        "it stands for the logarithm of 0",
-    )
+    negative: Condition = (lambda x: -np.inf < x < 0, "be negative and finite")
+    check_number("log_zero", log_zero, negative, "it stands for the logarithm of 0")
     log_p, q = jax.nn.log_softmax(logits), distribution(labels, logits)
     forward = expected(jnp.negative, labels, log_p)
     log_q = jnp.log(jnp.where(q > 0, q, 1))  # a logarithm of 0 would be NaN in the labels' gradient
@@ -84,27 +78,25 @@ def generalized_cross_entropy(
       l = \frac{1 - \max(p_y, k)^q}{q}, \qquad p = \mathrm{softmax}(z)
 
     between cross-entropy, :math:`q \to 0`, and half the absolute error, :math:`q = 1`. Truncated,
-    :math:`k > 0`, it ignores the examples whose label is less probable than :math:`k`: they have
-    a constant loss and no gradient. The loss is never negative, which the form with
-    :math:`l(k)` subtracted is.
+    :math:`k > 0`, it has no gradient where the label is less probable than :math:`k`. It is never
+    negative, which the form with :math:`l(k)` subtracted is.
 
     Args:
-      logits: z, floating point, of shape ``[..., C]``.
-      labels: Integers of shape ``[...]``, or distributions of shape ``[..., C]``.
+      logits: As in :func:`balanced_softmax`.
+      labels: As in :func:`balanced_softmax`.
       q: In (0, 1]; the larger, the more robust and the slower to fit.
       truncation: k, in [0, 1); the paper's truncated loss has 0.5, and trains without at first.
-      where: Boolean array of shape ``[...]``: the entries that are not masked out.
+      where: As in :func:`balanced_softmax`.
 
     Returns:
-      Losses of shape ``[...]``, in float32 or in the dtype of ``logits`` if that is wider.
+      Losses, as :func:`balanced_softmax`.
 
     Raises:
       TypeError, ValueError: As :func:`balanced_softmax`.
 
     Examples:
-      >>> import jax.numpy as jnp
       >>> from absgd_jax.losses import generalized_cross_entropy
-      >>> logits, labels = jnp.array([[2.0, 0.0], [2.0, 0.0]]), jnp.array([0, 1])
+      >>> logits, labels = [[2.0, 0.0], [2.0, 0.0]], [0, 1]
       >>> print(generalized_cross_entropy(logits, labels).round(2))
       [0.12 1.11]
       >>> print(generalized_cross_entropy(logits, labels, truncation=0.5).round(2))
