@@ -1,4 +1,4 @@
-"""The contract that optax holds its own contributed optimisers to."""
+"""The contract that optax holds its own contributed optimisers to, and what users do to a state."""
 
 import chex
 import jax
@@ -6,10 +6,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import abadam, absgd, accumulate, get_temperature, scale_by_attention, target_ess
+from absgd_jax import (
+    abadam,
+    absgd,
+    accumulate,
+    get_temperature,
+    scale_by_attention,
+    target_ess,
+    target_kl,
+    tilt,
+    two_stage,
+)
 
 OPTIMIZERS = {
     "scale_by_attention": lambda rate: scale_by_attention(2.0),
@@ -21,28 +32,35 @@ OPTIMIZERS = {
 RATE = 0.05
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 8), "b": jnp.float32(0.3)}
 LOSSES = np.random.default_rng(0).gamma(2.0, size=(4, 16)).astype(np.float32)
+JUMP = LOSSES * np.float32([[1], [1], [1], [30]])
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
 
 
+def update(tx, params, opt_state, losses, **extra_args):
+    """One step; the parameters are their own gradients."""
+    value = tilt(losses, opt_state).mean()
+    updates, opt_state = tx.update(
+        params, opt_state, params, value=value, losses=losses, **extra_args
+    )
+    return optax.apply_updates(params, updates), opt_state
+
+
 def stepper(tx, **extra_args):
-    """A step, which may be traced once; the parameters are their own gradients."""
+    """The step, which may be traced once."""
     chex.clear_trace_counter()  # it goes by name
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(params, opt_state, losses):
-        updates, opt_state = tx.update(
-            params, opt_state, params, value=losses.max(), losses=losses, **extra_args
-        )
-        return optax.apply_updates(params, updates), opt_state
+        return update(tx, params, opt_state, losses, **extra_args)
 
     return step
 
 
-def run(tx, **extra_args):
+def run(tx, batches=LOSSES, **extra_args):
     step, carry = stepper(tx, **extra_args), (PARAMS, tx.init(PARAMS))
-    for losses in LOSSES:
+    for losses in batches:
         carry = step(*carry, losses)
     return carry
 
@@ -62,12 +80,10 @@ class TestEveryOptimizer:
             {"w": "w", "b": "b"},
             transform_non_params=lambda _: "other",
         )
-        copies, others = {"scale_by_attention": (0, 3), "abadam": (2, 4), "accumulate": (2, 9)}.get(
-            name, (1, 3)
-        )
-        assert sorted(jax.tree.leaves(marks)) == copies * ["b"] + others * ["other"] + copies * [
-            "w"
-        ]
+        marks = jax.tree.leaves(marks)
+        copies = {"scale_by_attention": 0, "abadam": 2, "accumulate": 2}.get(name, 1)
+        assert marks.count("w") == marks.count("b") == copies
+        assert marks.count("other") == len(marks) - 2 * copies >= 5
 
     def test_init_needs_shapes_only(self, name):
         init, shapes = OPTIMIZERS[name](RATE).init, jax.eval_shape(lambda: PARAMS)
@@ -90,7 +106,7 @@ class TestEveryOptimizer:
 
         def step(carry, losses):
             def update(updates, opt_state):
-                value = losses.max()
+                value = tilt(losses, opt_state).mean()
                 return tx.update(updates, opt_state, params, value=value, losses=losses)
 
             return jax.lax.cond(losses[0] < 2, update, lambda *carry: carry, *carry), None
@@ -100,6 +116,20 @@ class TestEveryOptimizer:
             after, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, losses))(before)
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, before)
 
+    def test_everything_in_bfloat16_stays_so(self, name):
+        tx = OPTIMIZERS[name](RATE)
+        before = jax.tree.map(
+            lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            (PARAMS, tx.init(PARAMS)),
+        )
+        assert tilt(LOSSES[0], before[1]).dtype == jnp.float32
+        after, step = before, stepper(tx)
+        for losses in LOSSES:
+            after = step(*after, losses)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, before)
+        params = optax.tree.cast(after[0], jnp.float32)
+        chex.assert_trees_all_close(params, run(tx)[0], rtol=0.05, atol=0.01)
+
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "scale_by_attention"])
 def test_a_schedule_of_the_rate_equals_its_constant(name):
@@ -108,20 +138,145 @@ def test_a_schedule_of_the_rate_equals_its_constant(name):
     chex.assert_trees_all_close(scheduled, run(make(RATE))[0], rtol=1e-6)
 
 
-@pytest.mark.parametrize("make", [absgd, abadam])
-def test_injected_hyperparameters_are_as_given_and_can_be_set(make):
-    """λ and the learning rate, without a recompile."""
-    tx = optax.inject_hyperparams(make)(RATE, 2.0, weight_decay=1e-3)
-    step = stepper(tx)
-    params, opt_state = step(PARAMS, tx.init(PARAMS), LOSSES[0])
-    opt_state.hyperparams["temperature"] = jnp.float32(-1.0)
-    opt_state.hyperparams["learning_rate"] = jnp.float32(0.01)
-    assert get_temperature(opt_state) == -1.0
-    params, opt_state = step(params, opt_state, LOSSES[1])
+class TestInjectedHyperparameters:
+    @pytest.mark.parametrize("make", [absgd, abadam])
+    def test_are_as_given_and_can_be_set(self, make):
+        """λ and the learning rate, without a recompile; λ from the next update on."""
+        tx = optax.inject_hyperparams(make)(RATE, 2.0, weight_decay=1e-3)
+        step = stepper(tx)
+        params, opt_state = step(PARAMS, tx.init(PARAMS), LOSSES[0])
+        opt_state.hyperparams["temperature"] = jnp.float32(-1.0)
+        opt_state.hyperparams["learning_rate"] = jnp.float32(0.01)
+        assert get_temperature(opt_state) == 2.0  # of the loss, and of the update that follows it
+        params, opt_state = step(params, opt_state, LOSSES[1])
+        assert get_temperature(opt_state) == -1.0
+        params, opt_state = step(params, opt_state, LOSSES[2])
+        assert get_temperature(opt_state) == -1.0
 
-    tx = make(RATE, 2.0, weight_decay=1e-3)
-    expected, state = stepper(tx)(PARAMS, tx.init(PARAMS), LOSSES[0])
-    state = optax.tree.set(state, temperature=jnp.float32(-1.0))
-    expected, state = stepper(make(0.01, -1.0, weight_decay=1e-3))(expected, state, LOSSES[1])
-    # An injected b2 is rounded before it is taken from 1.
-    chex.assert_trees_all_close((params, opt_state.inner_state), (expected, state), rtol=1e-4)
+        tx = make(RATE, 2.0, weight_decay=1e-3)
+        expected, state = stepper(tx)(PARAMS, tx.init(PARAMS), LOSSES[0])
+        step = stepper(make(0.01, 2.0, weight_decay=1e-3))
+        expected, state = step(expected, state, LOSSES[1])
+        state = optax.tree.set(state, temperature=jnp.float32(-1.0))
+        expected, state = step(expected, state, LOSSES[2])
+        state = optax.tree.set(state, given=jnp.float32(-1.0))  # which is all that differs
+        # An injected b2 is rounded before it is taken from 1.
+        chex.assert_trees_all_close((params, opt_state.inner_state), (expected, state), rtol=1e-4)
+
+    def test_are_set_in_both_places_at_once(self):
+        tx = optax.inject_hyperparams(absgd)(RATE, 2.0)
+        step = stepper(tx)
+        opt_state = optax.tree.set(tx.init(PARAMS), temperature=jnp.float32(-1.0))
+        for losses in LOSSES:
+            assert get_temperature(opt_state) == opt_state.hyperparams["temperature"] == -1.0
+            _, opt_state = step(PARAMS, opt_state, losses)
+        _, expected = run(absgd(RATE, -1.0))
+        chex.assert_trees_all_close(opt_state.inner_state[0], expected[0], rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        "temperature", [target_ess(0.5), two_stage(target_kl(0.1), 2), two_stage(2.0, 2)]
+    )
+    def test_a_temperature_that_is_no_number_is_as_without_them(self, temperature):
+        """With the damping and the bound on a jump that it has by default."""
+        injected = optax.inject_hyperparams(absgd)(RATE, temperature=temperature)
+        params, opt_state = run(injected, JUMP)
+        expected = run(absgd(RATE, temperature), JUMP)
+        chex.assert_trees_all_close((params, opt_state.inner_state), expected, rtol=1e-6)
+
+    @pytest.mark.parametrize(
+        "other",
+        [
+            lambda: absgd(RATE, target_ess(0.5, damping=0)),
+            lambda: absgd(RATE, target_ess(0.5), max_jump=jnp.inf),
+        ],
+    )
+    def test_these_defaults_tell(self, other):
+        default = run(absgd(RATE, target_ess(0.5)), JUMP)
+        with pytest.raises(AssertionError):
+            chex.assert_trees_all_close(run(other(), JUMP), default, rtol=1e-2)
+
+
+# Of an array of the caller's.
+GIVEN = {
+    "none": lambda lam: absgd(RATE, 5.0),
+    "as_it_is": lambda lam: absgd(RATE, lam),
+    "init_value": lambda lam: absgd(RATE, target_ess(0.5, init_value=lam)),
+    "second_stage": lambda lam: absgd(RATE, two_stage(lam, 0)),
+    "schedule": lambda lam: absgd(RATE, lambda count: lam),
+    "hyperparameter": lambda lam: optax.inject_hyperparams(absgd)(RATE, temperature=5.0),
+}
+
+
+def in_calls(tx, params):
+    step = jax.jit(lambda *args: update(tx, *args), donate_argnums=(0, 1))
+    carry = params, tx.init(params)
+    for losses in LOSSES:
+        carry = step(*carry, losses)
+
+
+def in_scan(tx, params):
+    def step(carry, losses):
+        return update(tx, *carry, losses), None
+
+    train = jax.jit(lambda carry: jax.lax.scan(step, carry, LOSSES)[0], donate_argnums=0)
+    train((params, tx.init(params)))
+
+
+def in_fori_loop(tx, params):
+    def step(i, carry):
+        return update(tx, *carry, jnp.asarray(LOSSES)[i])
+
+    train = jax.jit(lambda carry: jax.lax.fori_loop(0, 4, step, carry), donate_argnums=0)
+    train((params, tx.init(params)))
+
+
+def in_nnx(tx, params):
+    model = nnx.Dict({k: nnx.Param(p) for k, p in params.items()})
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit(donate_argnums=(0, 1))
+    def step(model, optimizer, losses):
+        value = tilt(losses, optimizer.opt_state).mean()
+        optimizer.update(model, nnx.state(model, nnx.Param), value=value, losses=losses)
+
+    for losses in LOSSES:
+        step(model, optimizer, losses)
+
+
+def in_apply_if_finite(tx, params):
+    in_calls(optax.apply_if_finite(tx, 3), params)
+
+
+def in_accumulate(tx, params):
+    in_calls(accumulate(tx, 2), params)
+
+
+@pytest.mark.parametrize(
+    "loop", [in_calls, in_scan, in_fori_loop, in_nnx, in_apply_if_finite, in_accumulate]
+)
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_state_can_be_donated(given, loop):
+    lam, params = jnp.float32(5.0), jax.tree.map(jnp.array, PARAMS)
+    tx = GIVEN[given](lam)
+    loop(tx, params)
+    assert params["w"].is_deleted()
+    assert lam == 5.0  # still there
+    loop(tx, jax.tree.map(jnp.array, PARAMS))
+
+
+@pytest.mark.parametrize("lam", [1.0, -1.0, jnp.inf])
+@pytest.mark.parametrize("automatic", [False, True])
+def test_no_nan_on_the_way(lam, automatic):
+    """Of batches, of a batch of one, and of one that is masked whole."""
+    tx = absgd(RATE, target_ess(0.5, init_value=lam) if automatic else lam, debias=True)
+    params, opt_state = PARAMS, tx.init(PARAMS)
+    with jax.debug_nans(True):  # which sees every operation outside jit
+        for losses, kept in ((LOSSES[0], 16), (LOSSES[1], 0), (LOSSES[2, :1], 1), (LOSSES[3], 16)):
+            where = np.arange(len(losses)) < kept
+            tilted = tilt(losses, opt_state)
+            value = jnp.sum(tilted, where=where) / max(kept, 1)
+            updates, opt_state = tx.update(
+                params, opt_state, params, value=value, losses=losses, where=where
+            )
+            params = optax.apply_updates(params, updates)
+    chex.assert_tree_all_finite(params)

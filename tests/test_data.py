@@ -119,6 +119,12 @@ class TestFlipLabels:
         np.testing.assert_allclose(measured, expected, atol=0.02)
         np.testing.assert_array_equal(measured[expected == 0], 0)
 
+    def test_rows_that_sum_to_1_in_float32_only(self):
+        transition = np.full((3, 3), 1 / 3, np.float32)
+        transition[:, 0] += 1e-6
+        _, flipped = flip_labels(CIFAR10 % 3, 1.0, kind=transition, num_classes=3, seed=0)
+        np.testing.assert_allclose(flipped.mean(), 2 / 3, atol=0.01)
+
     def test_seed(self):
         def flip(seed):
             return flip_labels(CIFAR10, 0.3, num_classes=10, seed=seed)[0]
@@ -128,11 +134,30 @@ class TestFlipLabels:
         assert not np.array_equal(flip(3), flip(4))
 
     def test_input_is_left_alone(self):
-        labels = np.array([0, 1] * 10, np.uint8)
-        noisy, _ = flip_labels(labels, 1.0, num_classes=2, seed=0)
-        np.testing.assert_array_equal(labels, [0, 1] * 10)
+        labels, transition = np.array([0, 1] * 10), np.array([[0, 1 + 1e-7], [1, 0]])
+        copies = labels.copy(), transition.copy()
+        noisy, _ = flip_labels(labels, 1.0, kind=transition, num_classes=2, seed=0)
         np.testing.assert_array_equal(noisy, [1, 0] * 10)
-        assert noisy.dtype == np.uint8
+        np.testing.assert_array_equal(labels, copies[0])
+        np.testing.assert_array_equal(transition, copies[1])
+
+    @pytest.mark.parametrize(
+        ("given", "num_classes", "returned"),
+        [
+            ("int8", 128, "int8"),
+            ("int8", 200, "int64"),
+            ("uint8", 256, "uint8"),
+            ("uint8", 257, "int64"),
+            ("uint64", 300, "uint64"),
+        ],
+    )
+    def test_dtype_holds_all_classes(self, given, num_classes, returned):
+        labels, kind = np.zeros(1000, given), np.eye(num_classes)
+        kind[0] = kind[-1]  # all become the last class
+        noisy, flipped = flip_labels(labels, 1.0, kind=kind, num_classes=num_classes, seed=0)
+        assert noisy.dtype == returned
+        np.testing.assert_array_equal(noisy, num_classes - 1)
+        assert np.all(flipped)
 
     def test_absent_class(self):
         _, flipped = flip_labels([0, 0, 2, 2], 0.5, num_classes=3, seed=0)

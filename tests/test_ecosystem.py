@@ -1,6 +1,7 @@
 """Inside optax's wrappers, and in the loops of other libraries.
 
-Everywhere the same few steps, by plain optax on gradients that are weighted in NumPy.
+Everywhere the same few steps, by plain optax on gradients that are scaled in NumPy. The loops are
+those of an SGD user, but for ``tilt`` and ``value``.
 """
 
 import functools
@@ -25,27 +26,26 @@ from reference import Case, weigh
 from absgd_jax import (
     absgd,
     accumulate,
-    attention,
     AttentionState,
     get_temperature,
-    robust_loss,
     scale_by_attention,
     target_ess,
+    tilt,
 )
 
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(16, 8)).astype(np.float32)
-Y = RNG.normal(size=16).astype(np.float32)
+X = RNG.normal(size=(16, 8)).astype(np.float32) / 2
+Y = RNG.normal(size=16).astype(np.float32) / 2
 PARAMS = {"w": jnp.linspace(-0.5, 1.0, 8), "b": jnp.float32(0.3)}
-RATE, GAMMA, LAM = 0.02, 0.7, 2.0
+RATE, GAMMA, LAM = 0.05, 0.7, 2.0
 LAMS = [LAM] * 4 + [-1.0] * 2  # of the steps
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # several of the libraries need it
 
 
-def loss_fn(params, temperature):
+def loss_fn(params, opt_state):
     predictions = jnp.sum(X * params["w"], axis=1) + params["b"]
-    return robust_loss(jnp.square(predictions - Y), temperature)
+    return tilt(jnp.square(predictions - Y), opt_state).mean()
 
 
 def always(step):
@@ -64,20 +64,21 @@ def expected(
     ``attends`` says in which steps the average moves on.
     """
     tx = wrap(optax.GradientTransformationExtraArgs(optax.identity().init, by_scale))
-    opt_state, u, before = tx.init(params), 0.0, lams[0]
+    opt_state, u, baseline = tx.init(params), 0.0, 0.0
     for step, lam in enumerate(lams):
         at = getattr(params, "fast", params)
         residuals = X @ np.float64(at["w"]) + np.float64(at["b"]) - Y
+        u = u and np.exp(baseline / lam)  # it is the baseline that stays where λ changes
         case = Case(lam, GAMMA, 1.0, 0.0, switch=0)
-        weights, after = weigh(residuals**2, u ** (before / lam), case, step)
-        if attends(step):
-            u, before = after, lam
-        shares = weights / weights.sum()  # the gradient of the robust loss
-        grads = {"w": 2 * (shares * residuals) @ X, "b": 2 * shares @ residuals}
+        weights, after = weigh(residuals**2, u, case, step)
+        slopes = np.exp((residuals**2 - baseline) / lam) / len(Y)  # of the tilted mean
+        grads = {"w": 2 * (slopes * residuals) @ X, "b": 2 * slopes @ residuals}
         grads = jax.tree.map(jnp.float32, grads)
-        scale = jnp.float32(weights.sum())
+        scale = jnp.float32(weights.sum() / slopes.sum())
         updates, opt_state = tx.update(grads, opt_state, params, scale=scale)
         params = optax.apply_updates(params, updates)
+        if attends(step):
+            u, baseline = after, lam * np.log(after)
     return params
 
 
@@ -157,9 +158,8 @@ class TestWrappers:
         @jax.jit
         @chex.assert_max_traces(n=1)
         def step(params, opt_state):
-            temperature = get_temperature(opt_state)
             at = getattr(params, "fast", params)
-            loss, grads = jax.value_and_grad(loss_fn)(at, temperature)
+            loss, grads = jax.value_and_grad(loss_fn)(at, opt_state)
             updates, opt_state = tx.update(grads, opt_state, params, value=loss)
             return optax.apply_updates(params, updates), opt_state
 
@@ -186,17 +186,25 @@ class TestWrappers:
         with pytest.raises(TypeError, match="unexpected keyword argument 'value'"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0)
 
-    @pytest.mark.parametrize("wrap", [accumulate, optax.MultiSteps])
-    def test_temperature_through_micro_batches(self, wrap):
-        opt_state = wrap(absgd(RATE, LAM), 2).init(PARAMS)
+    @pytest.mark.parametrize(("wrap", "value"), [(accumulate, 4.0), (optax.MultiSteps, 5.0)])
+    def test_micro_batches_have_the_mean_value_or_the_last(self, wrap, value):
+        """And a temperature that is read and set through either."""
+        tx = absgd(RATE, LAM)
+        micro = wrap(tx, 2)
+        opt_state = micro.init(PARAMS)
         assert get_temperature(opt_state) == LAM
-        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(-1.0))
-        assert get_temperature(opt_state) == -1.0
+        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(50.0))
+        assert get_temperature(opt_state) == 50.0
+        for each in (3.0, 5.0):
+            updates, opt_state = micro.update(PARAMS, opt_state, PARAMS, value=each)
+        whole = optax.tree.set(tx.init(PARAMS), temperature=jnp.float32(50.0))
+        expected = tx.update(PARAMS, whole, PARAMS, value=value)
+        chex.assert_trees_all_close((updates, opt_state.inner_opt_state), expected, rtol=1e-6)
 
 
-def linear_loss(model, temperature):
+def linear_loss(model, opt_state):
     """Of what maps [16, 8] to [16, 1]."""
-    return robust_loss(jnp.square(model(X)[:, 0] - Y), temperature)
+    return tilt(jnp.square(model(X)[:, 0] - Y), opt_state).mean()
 
 
 def assert_trained(kernel, bias, lams=6 * [LAM]):
@@ -214,8 +222,7 @@ def nnx_model(temperature):
 
 @nnx.jit
 def nnx_step(model, optimizer):
-    temperature = get_temperature(optimizer.opt_state)
-    loss, grads = nnx.value_and_grad(linear_loss)(model, temperature)
+    loss, grads = nnx.value_and_grad(linear_loss)(model, optimizer.opt_state)
     optimizer.update(model, grads, value=loss)
 
 
@@ -262,25 +269,23 @@ class TestLinen:
         assert_trained(state.params["params"]["kernel"], state.params["params"]["bias"])
 
     def test_train_state_as_it_is(self):
-        attend = attention(LAM, gamma=GAMMA)
+        attend = scale_by_attention(LAM, gamma=GAMMA)
 
         def step(state):
             def loss_fn(params):
-                losses = jnp.square(state.apply_fn(params, X)[:, 0] - Y)
-                weights, attention = attend.update(losses, state.attention)
-                return (weights * losses).sum(), attention
+                return linear_loss(lambda x: state.apply_fn(params, x), state.attention)
 
-            grads, attention = jax.grad(loss_fn, has_aux=True)(state.params)
+            loss, grads = jax.value_and_grad(loss_fn)(state.params)
+            grads, attention = attend.update(grads, state.attention, value=loss)
             return state.apply_gradients(grads=grads, attention=attention)
 
-        make = functools.partial(WithAttention.create, tx=SGD, attention=attend.init())
+        make = functools.partial(WithAttention.create, tx=SGD, attention=attend.init(PARAMS))
         self.run(make, step)
 
     def test_train_state_that_forwards_the_loss(self):
         def step(state):
             def loss_fn(params):
-                temperature = get_temperature(state.opt_state)
-                return linear_loss(lambda x: state.apply_fn(params, x), temperature)
+                return linear_loss(lambda x: state.apply_fn(params, x), state.opt_state)
 
             loss, grads = jax.value_and_grad(loss_fn)(state.params)
             return state.apply_gradients(grads=grads, value=loss)
@@ -295,9 +300,8 @@ def test_equinox():
 
     @eqx.filter_jit
     def step(model, opt_state):
-        temperature = get_temperature(opt_state)
         loss, grads = eqx.filter_value_and_grad(
-            lambda model: linear_loss(jax.vmap(model), temperature)
+            lambda model: linear_loss(jax.vmap(model), opt_state)
         )(model)
         updates, opt_state = tx.update(
             grads, opt_state, eqx.filter(model, eqx.is_array), value=loss
@@ -316,10 +320,9 @@ def test_pytrees():
 
     @jax.jit
     def step(params, opt_state):
-        temperature = get_temperature(opt_state)
         loss, grads = jax.value_and_grad(
             lambda params: linear_loss(
-                lambda x: x @ params["net/~/linear"]["w"] + params["net/~/linear"]["b"], temperature
+                lambda x: x @ params["net/~/linear"]["w"] + params["net/~/linear"]["b"], opt_state
             )
         )(params)
         updates, opt_state = tx.update(grads, opt_state, params, value=loss)
@@ -358,11 +361,10 @@ class TestOrbax:
     def stepper(self, devices):
         def step(carry):
             params, opt_state = carry
-            temperature = get_temperature(opt_state)
 
             def loss_fn(params):
                 losses = jnp.square(jnp.sum(X * params["w"], axis=1) + params["b"] - Y)
-                return robust_loss(losses, temperature), losses
+                return tilt(losses, opt_state).mean(), losses
 
             (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
             updates, opt_state = self.TX.update(grads, opt_state, params, value=loss, losses=losses)

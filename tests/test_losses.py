@@ -321,6 +321,14 @@ class TestArb:
         balanced = len(set(counts)) == 1
         assert np.allclose(attraction, repulsion) == balanced
 
+    def test_a_batch_of_one_class_needs_class_counts(self):
+        values, grads = value_and_grad(losses.arb, LOGITS, np.full(6, 2))
+        np.testing.assert_array_equal(values, 0)
+        np.testing.assert_array_equal(grads, 0)
+        running = functools.partial(losses.arb, class_counts=COUNTS)
+        _, grads = value_and_grad(running, LOGITS, np.full(6, 2))
+        assert np.all(grads != 0)
+
     def test_absent_classes_leave_the_sum(self):
         _, grads = value_and_grad(losses.arb, LOGITS, np.array([0, 1, 0, 1, 0, 1]))
         np.testing.assert_array_equal(grads[:, 2:], 0)
@@ -467,26 +475,28 @@ class TestWeights:
         weights = losses.class_balanced_weights(counts, beta=beta)
         np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
-    def test_class_balanced_nears_inverse_frequency(self):
-        weights = losses.class_balanced_weights(COUNTS, beta=1 - 1e-9)
-        np.testing.assert_allclose(weights, losses.inverse_frequency_weights(COUNTS), rtol=1e-6)
-
-    def test_inverse_frequency(self):
+    @pytest.mark.parametrize("beta", [1 - 1e-15, 1])
+    def test_class_balanced_nears_inverse_frequencies(self, beta):
         counts = np.array([10**11, 10**10, 10**9])  # beyond int32
+        weights = losses.class_balanced_weights(counts, beta=beta)
         expected = (1 / counts) * 3 / (1 / counts).sum()
-        np.testing.assert_allclose(losses.inverse_frequency_weights(counts), expected, rtol=1e-6)
+        np.testing.assert_allclose(weights, expected, rtol=1e-6 if beta == 1 else 1e-3)
 
-    @pytest.mark.parametrize(
-        "weigh", [losses.class_balanced_weights, losses.inverse_frequency_weights]
-    )
-    def test_class_without_examples_has_the_weight_of_the_rarest(self, weigh):
+    def test_mean_weight_of_the_examples_is_as_documented(self):
+        labels = np.repeat([0, 1], [40, 1])
+        weights = losses.class_balanced_weights(np.bincount(labels), beta=1)
+        assert weights[labels].mean() == pytest.approx(0.1, abs=0.01)
+
+    @pytest.mark.parametrize("beta", [0.9999, 1])
+    def test_class_without_examples_has_the_weight_of_the_rarest(self, beta):
+        weigh = functools.partial(losses.class_balanced_weights, beta=beta)
         np.testing.assert_array_equal(weigh([60, 25, 9, 0]), weigh([60, 25, 9, 9]))
         traced = jax.jit(weigh)
         np.testing.assert_allclose(traced(jnp.array([60, 0, 9])), weigh([60, 9, 9]), rtol=1e-6)
         np.testing.assert_allclose(traced(jnp.zeros(3)), np.ones(3), rtol=1e-6)
 
     def test_deferred(self):
-        weights = losses.inverse_frequency_weights(COUNTS)
+        weights = losses.class_balanced_weights(COUNTS)
         schedule = losses.deferred_weights(weights, start=3)
         steps = jnp.arange(6)
         expected = np.where(np.arange(6)[:, None] < 3, 1, np.asarray(weights))

@@ -10,7 +10,7 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from absgd_jax import get_temperature, robust_loss, scale_by_attention, target_ess
+from absgd_jax import scale_by_attention, target_ess, tilt
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # that optax's schedules need
 
@@ -90,7 +90,8 @@ def train_one(lam, poison, automatic, guards):
             each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             each = factor * each + added
             where = included & jnp.isfinite(each) if "mask" in guards else included
-            return robust_loss(each, get_temperature(opt_state), where=where), (each, where)
+            tilted = tilt(each, opt_state)
+            return jnp.sum(tilted, where=where) / jnp.maximum(where.sum(), 1), (each, where)
 
         (loss, (each, where)), grads = jax.value_and_grad(loss_fn, has_aux=True)(w)
         updates, opt_state = tx.update(grads, opt_state, w, value=loss, losses=each, where=where)
@@ -126,21 +127,49 @@ def train(temperatures, automatic, guards):
 def test_guarded(temperatures, automatic, guards):
     """Training ends where the clean run of the same program does."""
     lost, baselines = train(temperatures, automatic, guards)
-    for each in lost:
-        assert max(map(abs, each.values())) <= 0.5, lost
-    # The losses of the first batch are all equal and tell an automatic λ nothing.
-    weighted = ~np.isinf(temperatures) | automatic
-    assert np.all(np.isfinite(baselines[weighted, :, 2:]))
+    for lam, each in zip(temperatures, lost, strict=True):
+        harmful = {name for name, x in each.items() if abs(x) > 0.5}
+        # A gradient of 1e30 times a slope of up to exp(80): only apply_if_finite sees that.
+        overflows = lam > 0 and (automatic or lam < np.inf) and guards is ALONE
+        assert harmful == ({"loss * 1e30", "one example 1e30"} if overflows else set()), lam
+    assert np.all(np.isfinite(baselines))
 
 
 def test_unguarded():
     """What each poison does to SGD, to λ > 0 and to λ < 0; the average stays finite even so."""
     lost, baselines = train((np.inf, 2, -2), False, ())
     harmless = [{name for name, x in each.items() if abs(x) <= 0.5} for each in lost]
-    # The gradient of a mean doesn't see what is added to a loss; λ < 0 doesn't see large losses.
-    assert harmless == [
-        {"none", "masked", "loss + NaN", "loss + inf", "loss + 1e30"},
-        {"none", "masked"},
-        {"none", "masked", "loss + 1e30", "loss * 1e30", "one example 1e30"},
-    ]
-    assert np.all(np.isfinite(baselines[1:]))
+    # Neither the gradient of a mean nor a slope that is bounded sees what is added to a loss.
+    added = {"none", "masked", "loss + NaN", "loss + inf", "loss + 1e30"}
+    assert harmless == [added, added, added | {"loss * 1e30", "one example 1e30"}]
+    assert np.all(np.isfinite(baselines))
+
+
+@pytest.mark.parametrize("lam", [0.1, 2.0, 50.0, -2.0])
+@pytest.mark.parametrize("poisoned", [0, 1, 30])
+def test_a_loss_of_1e30_is_over_after_60_steps(poisoned, lam):
+    """In the very first batch, too, and with no guard at all."""
+    tx = scale_by_attention(lam)
+
+    def step(state, losses):
+        scale, state = tx.update(jnp.ones([]), state, value=tilt(losses, state).mean())
+        return state, scale
+
+    losses = np.random.default_rng(3).gamma(2.0, size=(poisoned + 61, BATCH)).astype(np.float32)
+    clean, scales = jax.lax.scan(step, tx.init(None), losses)
+    losses[poisoned, 5] = 1e30
+    state, poisoned_scales = jax.lax.scan(step, tx.init(None), losses)
+    assert np.all(np.isfinite(poisoned_scales))
+    np.testing.assert_allclose(state.baseline, clean.baseline, atol=1e-6 * abs(lam))
+    np.testing.assert_allclose(poisoned_scales[-1], scales[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("lam", [2.0, -2.0, np.inf])
+def test_a_value_of_nothing_leaves_all_but_the_count_alone(lam, value):
+    """Exactly 0, as the usual mean over nothing is, or not finite."""
+    tx = scale_by_attention(lam)
+    _, state = tx.update(jnp.ones([]), tx.init(None), value=3.0)
+    scale, after = tx.update(jnp.ones([]), state, value=value)
+    assert scale == 1
+    assert after == state._replace(count=state.count + 1)
