@@ -12,12 +12,19 @@ import pytest
 
 import absgd_jax
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.data, absgd_jax.diagnostics]
+ROOT = pathlib.Path(__file__).parents[1]
+REFERENCE, MATHS = ROOT / "docs" / "reference.md", ROOT / "docs" / "maths.md"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
+PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.diagnostics, absgd_jax.data]
 MODULES = [m.name for m in pkgutil.walk_packages(absgd_jax.__path__, "absgd_jax.")]
 
-
 pytestmark = pytest.mark.usefixtures("users_promotion")
+
+
+def name_of(page):
+    return str(page.relative_to(ROOT))
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -26,34 +33,71 @@ def test_docstrings(module):
     assert not failed
 
 
-def test_every_public_function_has_an_example():
-    functions = [f for module in PUBLIC for f in vars(module).values() if inspect.isfunction(f)]
-    assert len(functions) == 10 + 10 + 5 + 5
-    for function in functions:
-        assert ">>> " in function.__doc__, function.__name__
+@pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
+def test_code(page, capsys, monkeypatch, tmp_path):
+    """The blocks of a page, one after another; where one trains, it succeeds."""
+    monkeypatch.chdir(tmp_path)
+    text, namespace = page.read_text(), {}
+    for block in BLOCK.finditer(text):
+        # Blank lines in front, so that a traceback points into the page.
+        source = "\n" * text[: block.start(1)].count("\n") + block[1]
+        exec(compile(source, page, "exec"), namespace)
+        # The numbers in comments behind print are what was printed, or nearly.
+        stated = [float(x) for x in re.findall(r"^print\(.*\)  # (\d\.\d+)", source, re.MULTILINE)]
+        printed = capsys.readouterr().out.split()
+        if stated:
+            assert [float(x) for x in printed] == pytest.approx(stated, abs=0.02)
+        elif "train_step" in source:
+            assert jnp.all(namespace.pop("loss") < jnp.log(10) / 2)
 
 
-def test_readme(capsys):
-    text = README.read_text()
-    blocks = list(re.finditer(r"```python\n(.*?)```", text, re.DOTALL))
-    assert len(blocks) == 12
-    namespace = {}
-    for block in blocks:
-        # Blank lines in front, so that a traceback points into README.
-        source = "\n" * text[: block.start(1)].count("\n") + block.group(1)
-        exec(compile(source, README, "exec"), namespace)
-        if "train_step" in block.group(1):
-            scalars = {"mean_loss": namespace["loss"]} | namespace.get("scalars", {})
-            assert jnp.all(scalars["mean_loss"] < 0.5 * jnp.log(10))
-            namespace.pop("scalars", None)
-    accuracies = re.findall(r"(long-tailed|noisy): (0\.\d+)", capsys.readouterr().out)
-    assert [name for name, _ in accuracies] == ["long-tailed", "noisy"]
-    assert all(float(accuracy) > 0.8 for _, accuracy in accuracies)
+def test_readme_and_start_have_code():
+    assert {name_of(page) for page in WITH_CODE} >= {"README.md", "docs/start.md"}
 
 
-def test_readme_names_everything_public():
-    text = README.read_text().split("## Public names")[1]
-    for module in PUBLIC:
-        for name in vars(module):
-            if not name.startswith("_"):
-                assert re.search(rf"`{name}\b", text), name
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links(page):
+    """Those to files lead to one, and those to headings to one there."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        if "://" not in link:
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in headings(target), link
+
+
+def test_maths_points_to_code_that_exists():
+    rows = re.findall(r"\| (`[^|]*) in `absgd_jax/(\w+)\.py`", MATHS.read_text())
+    assert rows
+    for names, module in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(importlib.import_module(f"absgd_jax.{module}"), name), (module, name)
+
+
+def headings(page):
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+
+
+def documented(module):
+    """The public names of a module that the reference has, and their arguments."""
+    section = REFERENCE.read_text().split(f"\n## {module.__name__}\n")[1].split("\n## ")[0]
+    first_cells = "".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE))
+    return dict(re.findall(r"`(\w+)(?:\((.*?)\))?`", first_cells))
+
+
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda module: module.__name__)
+class TestPublicNames:
+    def test_reference_has_them_all_and_no_other(self, module):
+        assert set(documented(module)) == {name for name in vars(module) if name[0] != "_"}
+
+    def test_reference_has_arguments_that_are_taken(self, module):
+        for name, arguments in documented(module).items():
+            if arguments:
+                taken = inspect.signature(getattr(module, name)).parameters
+                assert set(re.findall(r"\w+", arguments)) <= set(taken), name
+
+    def test_functions_have_an_example(self, module):
+        for name, function in vars(module).items():
+            if inspect.isfunction(function):
+                assert re.search(r"Examples:\n +>>> ", function.__doc__), name
