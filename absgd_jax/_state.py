@@ -104,7 +104,7 @@ def is_flat(lam: jax.Array) -> jax.Array:
 
 
 def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None:
-    if callable(temperature):
+    if callable(temperature) or isinstance(temperature, tuple):
         raise TypeError(
             f"{name} must be a number here, got a schedule; pass what the schedule gives for "
             "this step, which is get_temperature(opt_state)."

@@ -51,7 +51,7 @@ def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Tempera
 
     def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
         before = jnp.asarray(state.temperature)
-        given = jnp.asarray(at(state.count + 1), before.dtype)
+        given = jnp.array(at(state.count + 1), before.dtype)  # not the caller's, to be donated
         # What falls to 0 stops short of it, on the side where it was.
         lam = jnp.where(given == 0, jnp.sign(before) * SMALLEST, given)
         lam = jnp.where(given == state.given, before, lam)

@@ -90,11 +90,6 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState) -> jax.Array:
     """
     state = find(opt_state)
     losses = as_floats("losses", losses)
-    if jnp.shape(state.baseline) != ():
-        raise ValueError(
-            "opt_state must be that of one model, got a baseline of shape "
-            f"{jnp.shape(state.baseline)}; call tilt under jax.vmap, as the update is."
-        )
     lam, baseline = temperature_and_baseline(state, losses.dtype)
     flat = is_flat(lam)
     lam = jnp.where(flat, 1, lam)  # what the last where discards must be finite
@@ -125,6 +120,11 @@ def temperature_and_baseline(
     state: AttentionState, dtype: jnp.dtype
 ) -> tuple[jax.Array, jax.Array]:
     lam, baseline = sound(state.temperature), jnp.asarray(state.baseline)
+    if baseline.shape != ():
+        raise ValueError(
+            f"opt_state must be that of one model, got a baseline of shape {baseline.shape}; take "
+            "the step under jax.vmap."
+        )
     return lam.astype(dtype), baseline.astype(dtype)
 
 

@@ -113,12 +113,10 @@ def class_mass(
     """The share of a batch's weights that each class has.
 
     Args:
-      weights: As in :func:`effective_sample_size`.
       labels: Classes in [0, ``num_classes``), integers of the shape of ``weights``; others count
         for none. Or any groups, such as ``is_noisy.astype(int)`` where the wrong labels are known.
       num_classes: Their number.
-      where: As in :func:`effective_sample_size`.
-      axis_name: As in :func:`effective_sample_size`.
+      weights, where, axis_name: As in :func:`effective_sample_size`.
 
     Returns:
       Shares of shape ``[num_classes]``, in float32 or in the dtype of ``weights`` if that is wider.
@@ -162,10 +160,7 @@ def summary(
     Args:
       losses: Per-example losses, as they are, not tilted: as in :func:`absgd_jax.robust_loss`.
       opt_state: The state that they are tilted with, as in :func:`absgd_jax.tilt`.
-      labels: As in :func:`class_mass`.
-      num_classes: As in :func:`class_mass`.
-      where: As in :func:`effective_sample_size`.
-      axis_name: As in :func:`effective_sample_size`.
+      labels, num_classes, where, axis_name: As in :func:`class_mass`.
 
     Returns:
       ``mean_loss``; ``robust_loss``, F; ``temperature``, λ; ``effective_sample_size``,

@@ -236,11 +236,9 @@ def focal(
     The focal loss over sigmoids is ``optax.losses.sigmoid_focal_loss``.
 
     Args:
-      logits: As in :func:`balanced_softmax`.
-      labels: As in :func:`balanced_softmax`.
       gamma: γ, not negative; 0 is cross-entropy.
       alpha: α, the weights of the classes, of shape ``[C]``; ones if ``None``.
-      where: As in :func:`balanced_softmax`.
+      logits, labels, where: As in :func:`balanced_softmax`.
 
     Returns:
       Losses, as :func:`balanced_softmax`.

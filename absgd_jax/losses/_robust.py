@@ -27,13 +27,11 @@ def symmetric_cross_entropy(
     For a label :math:`y` the reverse term is :math:`-A (1 - p_y)`.
 
     Args:
-      logits: z, as in :func:`balanced_softmax`.
-      labels: q, as in :func:`balanced_softmax`.
       alpha: α, the weight of the cross-entropy.
       beta: β, the weight of the reverse cross-entropy. These defaults are the authors' for
         CIFAR-10; for CIFAR-100 they have α = 6 and β = 0.1.
       log_zero: A, what stands for the logarithm of 0; negative. Their code has ``log(1e-4)``.
-      where: As in :func:`balanced_softmax`.
+      logits, labels, where: z, q and a mask, as in :func:`balanced_softmax`.
 
     Returns:
       Losses, as :func:`balanced_softmax`.
@@ -82,11 +80,9 @@ def generalized_cross_entropy(
     negative, which the form with :math:`l(k)` subtracted is.
 
     Args:
-      logits: As in :func:`balanced_softmax`.
-      labels: As in :func:`balanced_softmax`.
       q: In (0, 1]; the larger, the more robust and the slower to fit.
       truncation: k, in [0, 1); the paper's truncated loss has 0.5, and trains without at first.
-      where: As in :func:`balanced_softmax`.
+      logits, labels, where: As in :func:`balanced_softmax`.
 
     Returns:
       Losses, as :func:`balanced_softmax`.
