@@ -58,17 +58,13 @@ class Result(NamedTuple):
     @property
     def accuracy(self) -> np.ndarray:
         """In percent, [epochs, seeds, classes]."""
-        return 100 * self.trained.history.accuracy
-
-    @property
-    def diverged(self) -> int:
-        return diverged(self.trained)
+        return 100 * self.trained.history["accuracy"]
 
 
 def diverged(trained: Trained) -> int:
     """Number of runs whose loss is not finite, or whose accuracy is below twice a guess's."""
-    finite = np.isfinite(trained.history.scalars["mean_loss"]).all(axis=0)
-    accuracy = trained.history.accuracy[-1]
+    finite = np.isfinite(trained.history["mean_loss"]).all(axis=0)
+    accuracy = trained.history["accuracy"][-1]
     return int(np.sum(~finite | (accuracy.mean(axis=-1) < 2 / accuracy.shape[-1])))
 
 
@@ -121,35 +117,57 @@ def compare(
     ``loss`` is a function of logits, labels, class counts and whether the second stage has begun;
     ``choose`` takes the class accuracies of every setting.
     """
-
-    def fit(phase: str, settings: list[Setting], seeds: range) -> list[Trained]:
-        task, runs = prepare(
-            args, loss, source, settings, seeds, search=phase == "search", normalized=normalized
-        )
-        trained = training.train(args, f"{name}-{phase}", task, runs, bar)
-        return by_setting(trained, settings, seeds)
-
-    grids = search_grids(args)
+    common = {"bar": bar, "loss": loss, "source": source, "normalized": normalized}
+    grids, scores = search_grids(args), {}
     if any(len(grid) > 1 for grid in grids):
+        settings = [setting for grid in grids for setting in grid]
         seeds = range(SEARCH_SEED, SEARCH_SEED + args.search_seeds)
-        searched = fit("search", [setting for grid in grids for setting in grid], seeds)
-        scores = iter([t.history.accuracy[-1].mean(axis=0) for t in searched])
-        grids = [{setting: next(scores) for setting in grid} for grid in grids]
-    else:
-        grids = [dict.fromkeys(grid, np.full(source.classes, np.nan)) for grid in grids]
-    chosen = [choose(grid) if len(grid) > 1 else next(iter(grid)) for grid in grids]
-    final = fit("final", chosen, range(args.seeds))
-    return [Result(name, *parts) for parts in zip(chosen, grids, final, strict=True)]
+        searched = train(args, f"{name}-search", settings, seeds, search=True, **common)
+        scores = {s: t.history["accuracy"][-1].mean(axis=0) for s, t in searched.items()}
+    unknown = np.full(source.classes, np.nan)
+    validation = [{s: scores.get(s, unknown) for s in grid} for grid in grids]
+    chosen = [choose(grid) if len(grid) > 1 else next(iter(grid)) for grid in validation]
+    final = train(args, f"{name}-final", chosen, range(args.seeds), search=False, **common)
+    return [Result(name, s, grid, final[s]) for s, grid in zip(chosen, validation, strict=True)]
+
+
+def train(
+    args: argparse.Namespace,
+    name: str,
+    settings: list[Setting],
+    seeds: range,
+    *,
+    bar: tqdm,
+    **kind: Any,
+) -> dict[Setting, Trained]:
+    """Trains each setting with each seed; ``kind`` are the other arguments of ``prepare``."""
+    found = {}
+    for ending, group in programs(settings).items():
+        task, runs = prepare(args, group, seeds, **kind)
+        history, losses = training.train(args, name + ending, task, runs, bar)
+        for i, setting in enumerate(group):
+            rows = slice(i * len(seeds), (i + 1) * len(seeds))
+            of_setting = jax.tree.map(lambda x, rows=rows: x[:, rows], history)
+            found[setting] = Trained(of_setting, losses[rows])
+    return found
+
+
+def programs(settings: list[Setting]) -> dict[str, list[Setting]]:
+    """The settings that are one program each, by what its name ends in."""
+    groups: dict[str, list[Setting]] = {"": [], "-automatic": []}
+    for setting in settings:
+        groups["-automatic" * options.is_automatic(setting.stages)].append(setting)
+    return {ending: group for ending, group in groups.items() if group}
 
 
 def prepare(
     args: argparse.Namespace,
-    loss: Callable[..., jax.Array],
-    source: Source,
     settings: list[Setting],
     seeds: range,
     *,
     search: bool,
+    loss: Callable[..., jax.Array],
+    source: Source,
     normalized: bool,
 ) -> tuple[Task, list[Run]]:
     """The task, and its runs: each setting with each seed."""
@@ -170,15 +188,6 @@ def prepare(
     return task, runs
 
 
-def by_setting(trained: Trained, settings: list[Setting], seeds: range) -> list[Trained]:
-    """The runs of each setting, in the order of ``prepare``."""
-    rows = [slice(i * len(seeds), (i + 1) * len(seeds)) for i in range(len(settings))]
-    return [
-        Trained(jax.tree.map(lambda x, r=r: x[:, r], trained.history), trained.losses[r])
-        for r in rows
-    ]
-
-
 def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
     """The images of both splits, those of the training split first."""
     pixels = np.concatenate([train.images, test.images])
@@ -194,7 +203,7 @@ def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
 def progress(args: argparse.Namespace, tasks: int, sizes: list[int]) -> Iterator[tqdm]:
     """A bar over all epochs; afterwards the run is marked as finished.
 
-    For each of the tasks, ``sizes`` are how many runs are trained one after the other.
+    ``sizes`` are how many runs each program of a task has.
     """
     epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
 
@@ -227,40 +236,36 @@ def progress(args: argparse.Namespace, tasks: int, sizes: list[int]) -> Iterator
 
 
 def sizes(args: argparse.Namespace) -> list[int]:
-    """How many runs a comparison has, in its two phases."""
+    """How many runs each program of a comparison has."""
     grids = search_grids(args)
-    final = [len(grids) * args.seeds]
-    if max(map(len, grids)) > 1:
-        return [sum(map(len, grids)) * args.search_seeds, *final]
-    return final
+    searched = [setting for grid in grids for setting in grid] if max(map(len, grids)) > 1 else []
+    phases = (searched, args.search_seeds), ([grid[0] for grid in grids], args.seeds)
+    return [len(group) * k for settings, k in phases for group in programs(settings).values()]
 
 
 def search_grids(args: argparse.Namespace) -> list[list[Setting]]:
     """The settings of SGD, those of ABSGD, and those of its automatic λ."""
-    fixed = [stages for stages in args.temperatures if not options.is_automatic(stages)]
-    automatic = [stages for stages in args.temperatures if options.is_automatic(stages)]
-    return [
+    sgd, absgd = (
         [Setting(stages, rate, args.gamma) for stages in grid for rate in args.learning_rates]
-        for grid in ([()], fixed, automatic)
-        if grid
-    ]
+        for grid in ([()], args.temperatures)
+    )
+    return [sgd, *programs(absgd).values()]
 
 
 def make_run(
     args: argparse.Namespace, setting: Setting, seed: int, train: Examples, evaluation: Examples
 ) -> Run:
     # All runs of a program have as many stages: an infinite λ from the start changes nothing.
-    padding = [options.Stage(0.0, np.inf)] * (
-        max(map(len, args.temperatures)) - len(setting.stages)
-    )
-    starts, temperatures, ess = zip(*padding, *setting.stages, strict=True)
+    padding = max(map(len, args.temperatures)) - len(setting.stages)
+    stages = [options.Stage(0.0, np.inf)] * padding + list(setting.stages)
+    starts, temperatures, ess = zip(*stages, strict=True)
     return Run(
         seed=np.int32(seed),
         learning_rate=np.float32(setting.learning_rate),
         gamma=np.float32(setting.gamma),
         temperatures=np.float32(temperatures),
-        ess=np.float32(ess),
         starts=np.int32([round(s * args.epochs) for s in starts]),
+        ess=np.float32(ess[-1]) if options.is_automatic(setting.stages) else None,
         train=train,
         evaluation=evaluation,
     )
@@ -272,8 +277,8 @@ def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
         str(result.setting),
         f"{result.setting.learning_rate:g}",
         *(report.mean_std(column, ".1f") for column in columns),
-        f"{result.trained.history.scalars['effective_sample_size'][-1].mean():.2f}",
-        f"{result.diverged} of {result.accuracy.shape[1]}",
+        f"{result.trained.history['effective_sample_size'][-1].mean():.2f}",
+        f"{diverged(result.trained)} of {result.accuracy.shape[1]}",
     )
 
 
@@ -287,11 +292,11 @@ def record(result: Result) -> dict[str, Any]:
             {"stages": s.stages, "learning_rate": s.learning_rate, "class_accuracy": 100 * scores}
             for s, scores in result.validation.items()
         ],
-        "diverged": result.diverged,
+        "diverged": diverged(result.trained),
         "class_accuracy": result.accuracy[-1],  # [seeds, classes]
         "accuracy": result.accuracy.mean(axis=2).T,  # [seeds, epochs]
-        "mass": history.mass.mean(axis=1),  # [epochs, groups]
-    } | {name: scalar.T for name, scalar in history.scalars.items()}
+        "mass": history["mass"].mean(axis=1),  # [epochs, groups]
+    } | {name: x.T for name, x in history.items() if x.ndim == 2}  # scalars
 
 
 def plot(
@@ -348,7 +353,7 @@ def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None
     """|λ| of every seed over the epochs."""
 
     def draw(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-        lam = np.abs(result.trained.history.scalars["temperature"])
+        lam = np.abs(result.trained.history["temperature"])
         epochs = np.arange(1, len(lam) + 1)
         axes.plot(epochs, np.where(np.isfinite(lam), lam, np.nan), color="C0", **style)
 

@@ -25,7 +25,7 @@ import optax
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from absgd_jax import absgd, robust_loss
+from absgd_jax import absgd, robust_loss, tilt
 from benchmarks import report
 
 matplotlib.use("Agg")
@@ -54,12 +54,12 @@ def make_training(args: argparse.Namespace, images, labels, temperature: float, 
     """Function ``train(gamma, key) -> w``: the last iterate of ABSGD on random batches of n."""
 
     def train(gamma, key):
-        tx = optax.inject_hyperparams(absgd, static_args=("learning_rate", "temperature"))(
+        tx = absgd(
             optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, steps // 10, steps),
             temperature,
-            # A plain mean at first: the average would otherwise start from u = 0.
-            gamma=lambda count: jnp.maximum(gamma, 1 / (count + 1.0)),
             weight_decay=args.weight_decay,
+            gamma=gamma,
+            debias=True,
         )
 
         def step(carry, key):
@@ -67,7 +67,7 @@ def make_training(args: argparse.Namespace, images, labels, temperature: float, 
             batch = jax.random.randint(key, (n,), 0, len(labels))
 
             def loss_fn(w):
-                return robust_loss(per_example(w, images[batch], labels[batch]), temperature)
+                return tilt(per_example(w, images[batch], labels[batch]), opt_state).mean()
 
             loss, grads = jax.value_and_grad(loss_fn)(w)
             updates, opt_state = tx.update(grads, opt_state, w, value=loss)
@@ -140,12 +140,7 @@ def main() -> None:
     size = report.whole_number(1)
     add("--batch-sizes", type=size, nargs="+", default=[8, 32], help="n")
     add("--steps", type=size, nargs="+", default=[1_000, 10_000, 100_000], help="lengths of runs")
-    add(
-        "--gamma",
-        type=report.above_zero,
-        default=0.1,
-        help="beside which 1, no average, is run",
-    )
+    add("--gamma", type=report.above_zero, default=0.1, help="beside which 1, no average, is run")
     add(
         "--learning-rate",
         type=report.positive,

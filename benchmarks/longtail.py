@@ -105,7 +105,7 @@ def draw_curves(axes: Axes, result: Result, style: dict[str, Any]) -> None:
 
 
 def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    mass = result.trained.history.mass.mean(axis=1)
+    mass = result.trained.history["mass"].mean(axis=1)
     for color, part in enumerate(groups(mass.shape[1]).values()):
         share = mass[:, part].sum(axis=1)
         axes.plot(np.arange(1, len(mass) + 1), 100 * share, color=f"C{color}", **style)

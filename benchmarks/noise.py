@@ -86,7 +86,7 @@ def draw_curves(axes: Axes, result: Result, style: dict[str, Any]) -> None:
 
 
 def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    mass = 100 * result.trained.history.mass[:, :, 1].mean(axis=1)
+    mass = 100 * result.trained.history["mass"][:, :, 1].mean(axis=1)
     axes.plot(np.arange(1, len(mass) + 1), mass, color="C0", **style)
 
 
@@ -110,7 +110,7 @@ def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -
     for key, pairs in results.items():
         for r, found in pairs:
             final = r.accuracy[-1]
-            wrong = 100 * r.trained.history.mass[-1, :, 1]
+            wrong = 100 * r.trained.history["mass"][-1, :, 1]
             columns = [final.mean(axis=1), final.min(axis=1), found, wrong]
             rows.append((*key, *comparison.row(r, columns)))
             records[" ".join((*key, r.optimizer))] = comparison.record(r) | {"auroc": found}

@@ -22,13 +22,7 @@ PAPERS = {
     "hidden": [256, 128],
     "augment": True,
 }
-DIGITS = {
-    "model": "mlp",
-    "epochs": 60,
-    "batch_size": 32,
-    "hidden": [64],
-    "augment": False,
-}
+DIGITS = {"model": "mlp", "epochs": 60, "batch_size": 32, "hidden": [64], "augment": False}
 
 
 class Stage(NamedTuple):
@@ -69,12 +63,12 @@ def parse_stages(text: str) -> Stages:
     try:
         stages = tuple(map(parse_stage, text.split(",")))
         starts = [stage.start for stage in stages]
-        if starts != sorted(starts):
+        if starts != sorted(starts) or (len(stages) > 1 and is_automatic(stages)):
             raise ValueError
     except ValueError:
         raise argparse.ArgumentTypeError(
             f"must be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or "
-            f"0.5:10,0.8:5, or an effective sample size, such as ess0.5 or ess-0.7, got {text}"
+            f"0.5:10,0.8:5, or one effective sample size, such as ess0.5 or 0.5:ess-0.7, got {text}"
         ) from None
     return stages
 

@@ -2,14 +2,9 @@
 
     pip install ".[bench,pod]" && python -m benchmarks.pod
 
-The batch is spread over all devices, and the parameters are on every one. Of the steps,
-
-    sgd         has the mean loss, and lax.pmean(grads);
-    axis_name   has robust_loss(losses, λ, axis_name=...), whose gradients arrive summed;
-    pmerge      has robust_loss(losses, λ) of the device's own part, and pmerge(loss, grads, ...);
-    automatic   has these, and a λ that tunes itself;
-    jit         has robust_loss(losses, λ) of global arrays, and no shard_map: what the batch
-                normalisation of a ResNet averages over is then the global batch, too.
+The batch is spread over all devices, and the parameters are on every one. The steps are those of
+benchmarks.steps: each form of ABSGD stands below SGD in that form. `absgd` and `sgd` are jitted on
+global arrays; what the batch normalisation of a ResNet averages over is then the global batch, too.
 
 The figures are the compiler's, for one device and one step. A collective is "awaited" if a matrix
 product or a convolution of the step depends on it: one between the forward and the backward pass.
@@ -25,22 +20,15 @@ import re
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
-from jax import lax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from absgd_jax import absgd, get_temperature, pmerge, robust_loss, target_ess
-from benchmarks import models, report
+from benchmarks import report, steps
+from benchmarks.steps import AXIS, Batch, FORMS, State, Work
 
-IMAGE_SHAPES = {"mlp": (28, 28, 1), "resnet32": (32, 32, 3)}
-STEPS = ("sgd", "axis_name", "pmerge", "automatic", "jit")
-AXIS, CLASSES, TEMPERATURE = "device", 10, 5.0
 COLLECTIVES = {
     *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
     *("all-reduce-start", "all-gather-start", "collective-permute-start"),
@@ -96,75 +84,25 @@ def size(shape: str) -> int:
     )
 
 
-def make_step(model: str, form: str, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...]]:
-    """A jitted training step of that form, and the shapes of its arguments."""
-    shape = IMAGE_SHAPES[model]
-    graphdef, params, other = nnx.split(
-        nnx.eval_shape(lambda: models.make_model(model, shape, CLASSES, rngs=nnx.Rngs(0))),
-        nnx.Param,
-        ...,
+def prepare(work: Work, form: str, mesh: Mesh, rows: int) -> tuple[Any, State, Batch]:
+    """The jitted step, and the shapes that it is called with: so many rows a device."""
+    state, step = steps.make_step(work, form, mesh)
+
+    def place(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+    state = jax.tree.map(lambda x: place(x.shape, x.dtype, P()), state)
+    batch = jax.tree.map(
+        lambda x: place((rows * mesh.size, *x.shape[1:]), x.dtype, P(AXIS)), work.examples
     )
-    if form == "sgd":
-        tx = optax.sgd(0.1, 0.9)
-    else:
-        tx = absgd(0.1, target_ess(0.5) if form == "automatic" else TEMPERATURE)
-    merges = form in ("pmerge", "automatic")
-
-    def step(params, other, opt_state, images, labels):
-        temperature = None if form == "sgd" else get_temperature(opt_state)
-
-        def loss_fn(params):
-            model = nnx.merge(graphdef, params, other, copy=True)
-            losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
-            _, _, new = nnx.split(model, nnx.Param, ...)
-            if form == "sgd":
-                return losses.mean(), (losses, new)
-            axis_name = AXIS if form == "axis_name" else None
-            return robust_loss(losses, temperature, axis_name=axis_name), (losses, new)
-
-        # The parts' own gradients, which a collective then brings together.
-        local = lax.pcast(params, AXIS, to="varying") if form == "sgd" or merges else params
-        (loss, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(local)
-        if form == "sgd":
-            grads = lax.pmean(grads, AXIS)
-        elif merges:
-            loss, grads = pmerge(loss, grads, temperature, axis_name=AXIS)
-        if form != "jit":
-            other = lax.pmean(other, AXIS)
-        extra_args = {} if form == "sgd" else {"value": loss}
-        if form == "automatic":
-            extra_args |= {"losses": losses, "axis_name": AXIS}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
-        return optax.apply_updates(params, updates), other, opt_state
-
-    one, spread = P(), P(AXIS)
-    if form != "jit":
-        step = jax.shard_map(
-            step, mesh=mesh, in_specs=(one, one, one, spread, spread), out_specs=one
-        )
-
-    def place(tree, spec):
-        sharding = NamedSharding(mesh, spec)
-        return jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
-        )
-
-    state = params, other, jax.eval_shape(tx.init, params)
-    batch = (
-        jax.ShapeDtypeStruct((rows * mesh.size, *shape), jnp.float32),
-        jax.ShapeDtypeStruct((rows * mesh.size,), jnp.int32),
-    )
-    return jax.jit(step, donate_argnums=(0, 1, 2)), (*place(state, one), *place(batch, spread))
+    return jax.jit(step, donate_argnums=0), state, batch
 
 
-def measure(model: str, form: str, mesh: Mesh, rows: int) -> dict[str, Any]:
-    step, args = make_step(model, form, mesh, rows)
-    compiled = step.lower(*args).compile()
+def measure(work: Work, form: str, mesh: Mesh, rows: int) -> dict[str, Any]:
+    step, state, batch = prepare(work, form, mesh, rows)
+    compiled = step.lower(state, batch).compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
-        "model": model,
-        "devices": mesh.size,
-        "step": form,
         "collectives": [c._asdict() for c in collectives(compiled.as_text())],
         "memory": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
         "flops": cost["flops"],
@@ -173,7 +111,7 @@ def measure(model: str, form: str, mesh: Mesh, rows: int) -> dict[str, Any]:
 
 
 def as_row(result: dict[str, Any], sgd: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table: what SGD has, and how much more another step."""
+    """What SGD has, and how much more another step."""
     found = result["collectives"]
     kinds = collections.Counter(c["kind"] for c in found)
     if result is sgd:
@@ -196,11 +134,11 @@ def main() -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--models", nargs="+", choices=IMAGE_SHAPES, default=list(IMAGE_SHAPES), help="to compile")
+    add("--models", nargs="+", choices=steps.MODELS, default=["mlp", "resnet32"], help="to compile")
     default = ["v5e:4x4", "v5e:16x16", "tpu7x:16x24x24"]
     add("--topologies", nargs="+", default=default, metavar="NAME", help="as XLA names them")
-    default = ["axis_name", "pmerge"]
-    add("--steps", nargs="+", choices=STEPS[1:], default=default, help="to compare with sgd")
+    default = ["shard_map", "shard_map_automatic", "absgd"]
+    add("--forms", nargs="+", choices=FORMS, default=default, help="of ABSGD, beside SGD")
     add("--batch-size", type=report.whole_number(1), default=128, help="examples a device")
     add("--out", type=pathlib.Path, default="out/pod", help="folder to write to")
     args = parser.parse_args()
@@ -222,16 +160,17 @@ def main() -> None:
         meshes[name] = Mesh(np.array(topology.devices), (AXIS,), axis_types=(AxisType.Auto,))
     report.make_folder(parser, args.out)
 
-    results, rows = [], [HEAD]
-    for model, topology in tqdm(list(itertools.product(args.models, args.topologies))):
-        compared = [
-            measure(model, form, meshes[topology], args.batch_size) | {"topology": topology}
-            for form in ("sgd", *args.steps)
-        ]
-        results += compared
-        rows += [as_row(result, sgd=compared[0]) for result in compared]
     report.save(args.out / "config.json", report.describe(args))
-    report.write(args, {f"program {i}": r for i, r in enumerate(results)}, rows)
+    forms = dict.fromkeys(f for form in args.forms for f in (FORMS[form], form))
+    results, rows = {}, [HEAD]
+    for model, topology in tqdm(list(itertools.product(args.models, args.topologies))):
+        work, mesh = steps.make_work(model, examples=1), meshes[topology]
+        found = {form: measure(work, form, mesh, args.batch_size) for form in forms}
+        for form, result in found.items():
+            result |= {"model": model, "topology": topology, "devices": mesh.size, "step": form}
+            results[f"{model}, {topology}, {form}"] = result
+            rows.append(as_row(result, sgd=found[FORMS.get(form, form)]))
+        report.write(args, results, rows)
     print((args.out / "table.md").read_text())
 
 

@@ -9,8 +9,9 @@ Of its parts,
               same network, parameters, examples, order and threads. The package, extra `reference`,
               may be in an environment of its own, whose interpreter is --torch-python;
     meta      has the algorithms of benchmarks.meta, which learn the weights, beside ABSGD;
-    growth    has the weights of n losses, and softmax, beside a copy of them, the update of n
-              parameters beside the same traffic of memory, and the step on n devices beside SGD's.
+    growth    has softmax and tilt of n losses, and the value and gradient of the tilted mean,
+              beside a copy of them, the update of n parameters beside the same traffic of memory,
+              and the step on n devices beside SGD's.
 
 The first line of a comparison has what the others are beside. In these, numbers with a sign are
 differences and those without are ratios. What is compared is timed in turn, there and back; a ratio
@@ -41,7 +42,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from absgd_jax import absgd, attention
+from absgd_jax import scale_by_attention, tilt
 from benchmarks import meta, report, steps
 from benchmarks.steps import AXIS, Batch, FORMS, State, Work
 
@@ -70,7 +71,16 @@ COLUMNS = {
     "loss": "loss after an epoch",
     "missing": "not measured",
 }
-ON_DEVICES = ("sgd_pmean", "axis_name", "pmerge")
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
+ON_DEVICES = ("sgd_shard_map", "shard_map", "shard_map_automatic")
 EXAMPLES = 10_000  # of the data set that an epoch draws from
 
 Timer = Callable[[int], float]  # of a number of calls: the seconds of one
@@ -266,49 +276,46 @@ def torch_parameters(params: Any) -> dict[str, np.ndarray]:
 
 def run_losses(args: argparse.Namespace, n: int) -> Iterator[Record]:
     losses = jax.random.exponential(jax.random.key(0), (n,))
-    attend = attention(steps.TEMPERATURE)
+    opt_state = scale_by_attention(steps.TEMPERATURE).init(None)
     functions = {
-        "copy": lambda out, losses, state: jnp.copy(losses),
-        "softmax": lambda out, losses, state: jax.nn.softmax(losses),
-        "weights": lambda out, losses, state: attend.update(losses, state)[0],
+        "copy": lambda out, losses, opt_state: jnp.copy(losses),
+        "softmax": lambda out, losses, opt_state: jax.nn.softmax(losses),
+        "tilt": lambda out, losses, opt_state: tilt(losses, opt_state),
+        "value_and_grad": lambda out, *args: jax.value_and_grad(lambda *a: tilt(*a).mean())(*args),
     }
-    timers = {
+    timers = {}
+    for name, function in functions.items():
         # Into memory that is there already, as in training.
-        name: timer(
-            jax.jit(function, donate_argnums=0, keep_unused=True),
-            jnp.empty(n),
-            losses,
-            attend.init(),
-        )
-        for name, function in functions.items()
-    }
+        out = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, None, losses, opt_state))
+        jitted = jax.jit(function, donate_argnums=0, keep_unused=True)
+        timers[name] = timer(jitted, out, losses, opt_state)
     yield from growing("losses", n, interleave(args, timers))
 
 
 def run_parameters(args: argparse.Namespace, n: int) -> Iterator[Record]:
-    grads, value = jnp.ones(n), jnp.float32(1)
+    params, grads, value = jnp.zeros(n), jnp.ones(n), jnp.float32(1)
 
     def traffic(state, grads, value):
         return tuple(x + grads for x in state)
 
-    def update(tx):
-        tx = optax.with_extra_args_support(tx)
+    def make_update(form):
+        tx = steps.make_optimizer(form)
 
-        def function(state, grads, value):
+        def update(state, grads, value):
             params, opt_state = state
             updates, opt_state = tx.update(grads, opt_state, params, value=value)
             return optax.apply_updates(params, updates), opt_state
 
-        return function, (jnp.zeros(n), tx.init(jnp.zeros(n)))
+        return update, tx.init(params)
 
     functions = {
-        "traffic": (traffic, (jnp.zeros(n), jnp.zeros(n))),
-        "sgd": update(optax.sgd(steps.RATE, steps.MOMENTUM)),
-        "absgd": update(absgd(steps.RATE, steps.TEMPERATURE)),
+        "traffic": (traffic, jnp.zeros(n)),
+        "sgd": make_update("sgd"),
+        "absgd": make_update("absgd"),
     }
     timers = {
-        name: timer(jax.jit(function, donate_argnums=0), state, grads, value)
-        for name, (function, state) in functions.items()
+        name: timer(jax.jit(function, donate_argnums=0), (jnp.copy(params), other), grads, value)
+        for name, (function, other) in functions.items()
     }
     yield from growing("parameters", n, interleave(args, timers))
 
@@ -371,56 +378,41 @@ def table(records: list[Record]) -> list[tuple[str, ...]]:
 
 def plot(records: list[Record], path: pathlib.Path, x: str) -> None:
     """A panel for every model, and in it the ratios of each step."""
-    records = [r for r in records if "missing" not in r]
-    models = list(dict.fromkeys(r["work"] for r in records))
-    names = list(dict.fromkeys(r["step"] for r, beside in pairs(records) if r is not beside))
-    if not names:
+    compared = [(r, o) for r, o in pairs(records) if r is not o and "missing" not in r]
+    if not compared:
         return
-    figure, grid = plt.subplots(
-        1,
-        len(models),
-        figsize=(2.5 + 2.4 * len(models), 1.6 + 0.3 * len(names)),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
+    models = list(dict.fromkeys(r["work"] for r, _ in compared))
+    names = list(dict.fromkeys(r["step"] for r, _ in compared))
+    size = 2.5 + 2.4 * len(models), 1.6 + 0.3 * len(names)
+    figure, grid = plt.subplots(1, len(models), figsize=size, sharey=True, squeeze=False)
+    for record, beside in compared:
+        axes, y = grid[0, models.index(record["work"])], names.index(record["step"])
+        low, median, high = quartiles(record, beside)
+        spread = [[median - low], [high - median]]
+        axes.errorbar(median, y, xerr=spread, fmt="o", color="C0", label="time")
+        for key, marker, color in (("flops", "|", "C1"), ("bytes_accessed", "x", "C2")):
+            if key in record:
+                ratio = record[key] / beside[key]
+                axes.plot(ratio, y, marker, color=color, ms=9, label=COLUMNS[key])
     for axes, model in zip(grid[0], models, strict=True):
-        for record, beside in pairs(records):
-            if record["work"] != model or record is beside:
-                continue
-            y = names.index(record["step"])
-            low, median, high = quartiles(record, beside)
-            axes.errorbar(
-                median, y, xerr=[[median - low], [high - median]], fmt="o", color="C0", label="time"
-            )
-            for key, marker, color in (("flops", "|", "C1"), ("bytes_accessed", "x", "C2")):
-                if key in record:
-                    axes.plot(
-                        record[key] / beside[key], y, marker, color=color, ms=9, label=COLUMNS[key]
-                    )
         axes.axvline(1, color="black", lw=0.8)
         axes.set_title(model, fontsize="medium")
-        axes.set_yticks(range(len(names)), names)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    grid[0, 0].set_ylim(len(names) - 0.5, -0.5)
-    labels = dict(zip(*reversed(grid[0, 0].get_legend_handles_labels()), strict=True))
-    figure.legend(labels.values(), labels, loc="outside right upper", frameon=False)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(labels.values(), labels, loc="outside right upper")
     figure.supxlabel(x, fontsize="medium")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path)
     plt.close(figure)
 
 
 def plot_growth(records: list[Record], path: pathlib.Path) -> None:
     kinds = {r["growing"]: r["beside"] for r in records}
-    figure, grid = plt.subplots(
-        1, len(kinds), figsize=(1 + 3.3 * len(kinds), 3.2), squeeze=False, layout="constrained"
-    )
-    figure.get_layout_engine().set(wspace=0.08)
+    figure, grid = plt.subplots(1, len(kinds), figsize=(1 + 3.3 * len(kinds), 3.2), squeeze=False)
     for axes, (kind, beside) in zip(grid[0], kinds.items(), strict=True):
         lines: dict[str, list[tuple[float, ...]]] = {}
-        for r, other in pairs([r for r in records if r["growing"] == kind]):
-            if r is not other:
+        for r, other in pairs(records):
+            if r["growing"] == kind and r is not other:
                 lines.setdefault(r["step"], []).append((r["n"], *quartiles(r, other)))
         for name, points in lines.items():
             n, low, median, high = np.transpose(points)
@@ -429,10 +421,8 @@ def plot_growth(records: list[Record], path: pathlib.Path) -> None:
         axes.set_xscale("log", base=10 if kind == "parameters" else 2)
         axes.set_ylim(bottom=0)
         axes.set(xlabel=kind, ylabel=f"time / {beside}")
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+        axes.legend()
+    figure.savefig(path)
     plt.close(figure)
 
 
@@ -448,15 +438,22 @@ def write(args: argparse.Namespace, config: Record, found: dict[str, list[Record
         f"{args.compilations} compilations: median (quartiles)."
     ]
     for part, each in found.items():
-        rows = table(each)
-        if devices == "cpu":
-            rows.append(("on a GPU", "none here", *[""] * (len(rows[0]) - 2)))
-        parts += [f"## {PARTS[part]}", report.markdown(rows)]
-        if part == "growth":
-            plot_growth(each, args.out / "growth.png")
-        else:
-            plot(each, args.out / f"{part}.png", RATIOS[part])
+        parts += [f"## {PARTS[part]}", report.markdown(table(each))]
     report.write_table(args, *parts)
+
+
+def make_jobs(args: argparse.Namespace) -> list[tuple[str, Callable[..., Iterator[Record]], Any]]:
+    """The parts, what runs them, and for which model or size."""
+    images = [m for m in args.models if m in steps.IMAGE_SHAPES]
+    jobs = [
+        *(("sgd", run_sgd, model) for model in args.models),
+        *(("torch", run_torch, model) for model in images),  # it has one loss an image, no tokens
+        *(("meta", run_meta, model) for model in args.models),
+        *(("growth", run_losses, n) for n in args.losses),
+        *(("growth", run_parameters, n) for n in args.parameters),
+        *(("growth", run_devices, n) for n in args.devices),
+    ]
+    return [job for job in jobs if job[0] in args.parts]
 
 
 def main() -> None:
@@ -499,16 +496,8 @@ def main() -> None:
     config = report.describe(args)
     report.save(args.out / "config.json", config)
 
-    jobs: list[tuple[str, Callable[..., Iterator[Record]], Any]] = []
-    for part, run in (("sgd", run_sgd), ("torch", run_torch), ("meta", run_meta)):
-        models = [m for m in args.models if part != "torch" or m in steps.IMAGE_SHAPES]
-        jobs += [(part, run, model) for model in models]
-    for run, sizes in ((run_losses, args.losses), (run_parameters, args.parameters)):
-        jobs += [("growth", run, n) for n in sizes]
-    jobs += [("growth", run_devices, n) for n in args.devices]
-    jobs = [job for job in jobs if job[0] in args.parts]
     found: dict[str, list[Record]] = {}
-    for part, run, size in tqdm(jobs):
+    for part, run, size in tqdm(make_jobs(args)):
         if run is run_devices and jax.default_backend() == "cpu":
             # They are counted as the backend starts; what came before had the cores as one.
             jax.extend.backend.clear_backends()
@@ -516,6 +505,13 @@ def main() -> None:
             jax.config.update("jax_num_cpu_devices", 2 * size)
         found.setdefault(part, []).extend(run(args, size))
         write(args, config, found)
+    with plt.rc_context(STYLE):
+        for part, records in found.items():
+            path = args.out / f"{part}.png"
+            if part == "growth":
+                plot_growth(records, path)
+            else:
+                plot(records, path, RATIOS[part])
     print((args.out / "table.md").read_text())
 
 

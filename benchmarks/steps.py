@@ -2,13 +2,15 @@
 
 Of ABSGD,
 
-    absgd       has robust_loss, and the chain of that name;
-    attention   has the functional helper, and optax.sgd;
-    masked      has a mask;
-    automatic   has a λ that tunes itself;
-    axis_name   has robust_loss across the devices of a shard_map, whose gradients arrive summed;
-    pmerge      has the parts' own gradients there, merged;
-    accumulate  has micro-batches.
+    absgd                has the mean of the tilted losses, on one device or many;
+    automatic            has a λ that tunes itself, too;
+    masked               has a mask;
+    shard_map            has the mean of each device's part, and lax.pmean;
+    shard_map_automatic  has these, and a λ that tunes itself;
+    accumulate           has micro-batches.
+
+What SGD has in each form is the same loop but for `tilt` and for `value`, which it has no use for
+but is given, too. Every step reports its loss, or the compiler would leave it out.
 """
 
 from collections.abc import Callable
@@ -23,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import absgd, accumulate, attention, get_temperature, pmerge, robust_loss, target_ess
+from absgd_jax import absgd, accumulate, target_ess, tilt
 from benchmarks import models
 
 IMAGE_SHAPES = {"mlp": (28, 28, 1), "cnn": (28, 28, 1), "resnet32": (32, 32, 3)}
@@ -34,11 +36,10 @@ AXIS, TEMPERATURE, RATE, MOMENTUM, EVERY_K = "device", 5.0, 1e-3, 0.9, 4
 # The forms of ABSGD, and what SGD is in that form.
 FORMS = {
     "absgd": "sgd",
-    "attention": "sgd",
     "automatic": "sgd",
     "masked": "sgd_masked",
-    "axis_name": "sgd_pmean",
-    "pmerge": "sgd_pmean",
+    "shard_map": "sgd_shard_map",
+    "shard_map_automatic": "sgd_shard_map",
     "accumulate": "sgd_multi_steps",
 }
 
@@ -93,67 +94,42 @@ def make_mesh(devices: int) -> Mesh:
     )
 
 
-def make_optimizer(form: str) -> optax.GradientTransformation:
-    match form:
-        case "sgd_multi_steps":
-            return optax.MultiSteps(optax.sgd(RATE, MOMENTUM), EVERY_K).gradient_transformation()
-        case "attention" | "sgd" | "sgd_masked" | "sgd_pmean":
-            return optax.sgd(RATE, MOMENTUM)
-        case "accumulate":
-            return accumulate(absgd(RATE, TEMPERATURE, momentum=MOMENTUM), EVERY_K)
-        case "automatic":
-            return absgd(RATE, target_ess(0.5), momentum=MOMENTUM)
-    return absgd(RATE, TEMPERATURE, momentum=MOMENTUM)
+def make_optimizer(form: str) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
+    if form in FORMS.values():
+        tx = optax.with_extra_args_support(optax.sgd(RATE, MOMENTUM))
+    else:
+        temperature = target_ess(0.5) if "automatic" in form else TEMPERATURE
+        tx = absgd(RATE, temperature, momentum=MOMENTUM)
+    micro = {"sgd_multi_steps": optax.MultiSteps, "accumulate": accumulate}.get(form)
+    return micro(tx, EVERY_K) if micro else tx
 
 
 def make_step(
     work: Work, form: str, mesh: Mesh | None = None
 ) -> tuple[State, Callable[[State, Batch], State]]:
     """The initial state, and the step; a mesh is for the forms that are in a shard_map."""
-    tx, attend = make_optimizer(form), attention(TEMPERATURE)
-    sgd, mapped = form.startswith("sgd"), FORMS.get(form, form) == "sgd_pmean"
-    opt_state = tx.init(work.params)
-    if form == "attention":
-        opt_state = attend.init(), opt_state
+    tx = make_optimizer(form)
+    sgd, mapped, automatic = form in FORMS.values(), "shard_map" in form, "automatic" in form
 
     def step(state, batch):
         params, other, opt_state, _ = state
-        where = batch.where if form in ("masked", "sgd_masked") else None
+        where = batch.where if "masked" in form else None
 
         def loss_fn(params):
             losses, new = work.losses(params, other, batch)
-            if sgd:
-                return jnp.mean(losses, where=where), (losses, new, None)
-            if form == "attention":
-                weights, attention_state = attend.update(losses, opt_state[0])
-                return jnp.sum(weights * losses), (losses, new, attention_state)
-            axis_name = AXIS if form == "axis_name" else None
-            lam = get_temperature(opt_state)
-            return robust_loss(losses, lam, where=where, axis_name=axis_name), (losses, new, None)
+            each = losses if sgd else tilt(losses, opt_state)
+            return jnp.mean(each, where=where), (losses, new)
 
-        apart = mapped and form != "axis_name"
-        local = lax.pcast(params, AXIS, to="varying") if apart else params
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (losses, other, attention_state)), grads = value_and_grad(local)
-        if form == "sgd_pmean":
-            loss, grads = lax.pmean((loss, grads), AXIS)
-        elif form == "pmerge":
-            loss, grads = pmerge(loss, grads, get_temperature(opt_state), axis_name=AXIS)
+        local = lax.pcast(params, AXIS, to="varying") if mapped else params
+        (loss, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(local)
         if mapped:
-            other = lax.pmean(other, AXIS)
-
-        if form == "attention":
-            updates, inner = tx.update(grads, opt_state[1], params)
-            opt_state = attention_state, inner
-        elif sgd:
-            updates, opt_state = tx.update(grads, opt_state, params)
-        else:
-            extra_args = {"losses": losses} if form == "automatic" else {}
-            updates, opt_state = tx.update(
-                grads, opt_state, params, value=loss, where=where, **extra_args
-            )
+            loss, grads, other = lax.pmean((loss, grads, other), AXIS)
+        extra_args = {"value": loss}
+        if automatic:
+            extra_args |= {"losses": losses, "axis_name": AXIS if mapped else None}
+        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
         return State(optax.apply_updates(params, updates), other, opt_state, loss)
 
     if mapped:
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P())
-    return State(work.params, work.other, opt_state, jnp.zeros([])), step
+    return State(work.params, work.other, tx.init(work.params), jnp.zeros([])), step

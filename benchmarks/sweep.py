@@ -1,9 +1,10 @@
-"""Temperatures side by side: all of them, with every γ, learning rate and seed, are one program.
+"""Temperatures side by side, with every γ, learning rate and seed, in one compiled program.
 
     python -m benchmarks.sweep
 
 λ is a leaf of the optimiser's state, so that one compilation serves all values, and one call trains
-them. The accuracy is that on a validation split, for this is what λ may be chosen by.
+them; those that tune themselves are another program. The accuracy is that on a validation split,
+for this is what λ may be chosen by.
 """
 
 import argparse
@@ -27,7 +28,7 @@ Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
 def final_accuracy(trained: Trained) -> np.ndarray:
     """In percent, [seeds]."""
-    return 100 * trained.history.accuracy[-1].mean(axis=-1)
+    return 100 * trained.history["accuracy"][-1].mean(axis=-1)
 
 
 def make_settings(args: argparse.Namespace) -> list[Setting]:
@@ -192,24 +193,19 @@ def main() -> None:
     comparison.begin(parser, args, source)
 
     settings = make_settings(args)
+    programs = list(comparison.programs(settings).values())
     seeds = range(comparison.SEARCH_SEED, comparison.SEARCH_SEED + args.seeds)
     results, times = {}, None
-    with comparison.progress(args, len(args.methods), [len(settings) * args.seeds]) as bar:
+    sizes = [len(group) * args.seeds for group in programs]
+    with comparison.progress(args, len(args.methods), sizes) as bar:
         for name in args.methods:
-            task, runs = comparison.prepare(
-                args,
-                losses[name],
-                source,
-                settings,
-                seeds,
-                search=True,
-                normalized=name == "ldam_drw",
-            )
+            kind = {"loss": losses[name], "source": source, "normalized": name == "ldam_drw"}
             if args.timed and times is None:
+                task, runs = comparison.prepare(args, programs[0], seeds, search=True, **kind)
                 times = compare_times(args, task, runs[: args.timed])
-            trained = training.train(args, name, task, runs, bar)
-            found = comparison.by_setting(trained, settings, seeds)
-            results[name] = dict(zip(settings, found, strict=True))
+            results[name] = comparison.train(
+                args, name, settings, seeds, bar=bar, search=True, **kind
+            )
             if jax.process_index() == 0:
                 write(args, results, times)
 
@@ -221,7 +217,7 @@ def write(
         f"{loss} {setting}, rate {setting.learning_rate:g}, γ {setting.gamma:g}": {
             "accuracy": final_accuracy(trained),
             "diverged": comparison.diverged(trained),
-            "temperature": trained.history.scalars["temperature"].T,
+            "temperature": trained.history["temperature"].T,
         }
         for loss, swept in results.items()
         for setting, trained in swept.items()

@@ -17,14 +17,13 @@ import pathlib
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
 from flax import nnx
 from sklearn.datasets import make_circles
 
-from absgd_jax import absgd, get_temperature, robust_loss
+from absgd_jax import absgd, robust_loss, tilt, two_stage
 from absgd_jax.data import flip_labels
 from benchmarks import report
 
@@ -70,10 +69,9 @@ def train(row: Row, points, labels, temperature: float, key: jax.Array) -> nnx.M
     rngs = nnx.Rngs(key)
     layers = nnx.Linear(2, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 64, rngs=rngs), nnx.relu
     model = nnx.Sequential(*layers, nnx.Linear(64, 2, rngs=rngs))
-    stages = [optax.constant_schedule(jnp.inf), optax.constant_schedule(temperature)]
     tx = absgd(
         optax.cosine_decay_schedule(row.learning_rate, row.steps),
-        optax.join_schedules(stages, [int(FIRST_STAGE * row.steps)]),
+        two_stage(temperature, begin=int(FIRST_STAGE * row.steps)),
     )
 
     def step(carry, key):
@@ -81,8 +79,7 @@ def train(row: Row, points, labels, temperature: float, key: jax.Array) -> nnx.M
         batch = jax.random.randint(key, (BATCH,), 0, len(labels))
 
         def loss_fn(model):
-            losses = cross_entropy(model(points[batch]), labels[batch])
-            return robust_loss(losses, get_temperature(opt_state))
+            return tilt(cross_entropy(model(points[batch]), labels[batch]), opt_state).mean()
 
         loss, grads = jax.value_and_grad(loss_fn)(model)
         updates, opt_state = tx.update(grads, opt_state, model, value=loss)

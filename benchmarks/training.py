@@ -20,7 +20,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from absgd_jax import absgd, diagnostics, get_temperature, robust_loss, target_ess
+from absgd_jax import absgd, diagnostics, target_ess, tilt, two_stage
 from benchmarks import models, report
 
 log = logging.getLogger("benchmarks")
@@ -28,11 +28,14 @@ log = logging.getLogger("benchmarks")
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
-DAMPING, MAX_JUMP = 2.0, 3.0  # as an automatic λ has them
 
 # Per-example losses [B] of logits z [B, C] and labels y; `late` says whether the second stage of
 # training has begun.
 Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# What is recorded of every epoch of every run, [epochs, runs, ...]: "accuracy" of each class of the
+# evaluation split; and, as means over the batches, "mass", the share of the weights that each group
+# has, and the scalars of diagnostics.summary.
+History = dict[str, Any]
 
 
 class Images(NamedTuple):
@@ -60,19 +63,11 @@ class Run(NamedTuple):
     seed: Any  # int32
     learning_rate: Any  # float32
     gamma: Any  # float32
-    temperatures: Any  # [stages], float32: the values that λ, infinite at first, takes ...
-    ess: Any  # [stages], float32: ... or, where less than 1, the effective sample size that sets it
+    temperatures: Any  # [stages], float32: the values that λ, infinite before, takes ...
     starts: Any  # [stages], int32: ... from these epochs on
+    ess: Any  # float32: effective sample size that λ is tuned to from the last start on; or None
     train: Examples
     evaluation: Examples
-
-
-class History(NamedTuple):
-    """What is recorded of every epoch of every run: [epochs, runs, ...]."""
-
-    accuracy: Any  # of each class of the evaluation split, [classes]
-    mass: Any  # share of the weights that each group has, mean over the batches, [groups]
-    scalars: Any  # dictionary: those of diagnostics.summary, means over the batches
 
 
 class Task(NamedTuple):
@@ -149,6 +144,7 @@ def make_program(
     """
     steps = examples // args.batch_size
     second_stage = round(args.second_stage * args.epochs) * steps
+    first = second_stage if frozen else 0
     rate = schedule(args, steps * args.epochs)
 
     def make_model(seed):
@@ -177,29 +173,17 @@ def make_program(
         each = jax.lax.map(lambda part: model(images[part]), parts)
         return each.reshape(-1, task.classes)[: len(index)]
 
-    first = second_stage if frozen else 0
+    def temperature(run):
+        starts = run.starts * steps - first
+        if run.ess is None:
+            stages = map(optax.constant_schedule, [jnp.inf, *run.temperatures])
+            return optax.join_schedules(list(stages), list(starts))
+        return two_stage(target_ess(run.ess, init_value=run.temperatures[-1]), starts[-1])
 
-    def stage(run, step):
-        """λ and the effective sample size."""
-        number = jnp.sum(step >= run.starts * steps)
-        lam, ess = (
-            jnp.concatenate([jnp.full(1, before), after])[number]
-            for before, after in ((jnp.inf, run.temperatures), (1.0, run.ess))
-        )
-        return lam, ess
-
-    def set_temperature(opt_state, run, step):
-        """For a step: that of its stage, or the one that the step before has tuned."""
-        lam, ess = stage(run, step)
-        tuned = jnp.copysign(get_temperature(opt_state), lam)
-        return optax.tree.set(opt_state, temperature=jnp.where(ess < 1, tuned, lam))
-
-    def optimizer(run, step):
-        (_, now), (_, after) = stage(run, step), stage(run, step + 1)
+    def optimizer(run):
         tx = absgd(
             lambda count: run.learning_rate * rate(first + count),
-            target_ess(after, damping=jnp.where(now < 1, DAMPING, 0.0)),
-            max_jump=jnp.where(now < 1, MAX_JUMP, jnp.inf),
+            temperature(run),
             momentum=args.momentum,
             weight_decay=args.weight_decay,
             gamma=run.gamma,
@@ -218,8 +202,7 @@ def make_program(
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        opt_state = set_temperature(optimizer(run, first).init(params), run, first)
-        return State(params, other, opt_state, jnp.int32(0))
+        return State(params, other, optimizer(run).init(params), jnp.int32(0))
 
     def epoch(state, run, images, number):
         def step(state, batch):
@@ -228,28 +211,25 @@ def make_program(
             x, y = images[run.train.index[index]], run.train.label[index]
             if args.augment:
                 x = augment(x, key)
-            temperature = get_temperature(state.opt_state)
 
             def loss_fn(params):
                 model = nnx.merge(trained, params, state.other, copy=True)
                 losses = task.loss(model(x), y, state.step >= second_stage)
                 _, _, other = nnx.split(model, nnx.Param, ...)
-                return robust_loss(losses, temperature), (losses, other)
+                return tilt(losses, state.opt_state).mean(), (losses, other)
 
             (value, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
                 state.params
             )
-            updates, opt_state = optimizer(run, state.step).update(
+            updates, opt_state = optimizer(run).update(
                 grads, state.opt_state, state.params, value=value, losses=losses
             )
-            opt_state = set_temperature(opt_state, run, state.step + 1)
             params = optax.apply_updates(state.params, updates)
-            weights = jax.grad(robust_loss)(losses, temperature)
-            group = run.train.group[index]
-            mass = diagnostics.class_mass(weights, group, task.groups)
-            baseline = optax.tree.get(opt_state, "baseline")
-            scalars = diagnostics.summary(losses, temperature, baseline=baseline)
-            return State(params, other, opt_state, state.step + 1), (mass, scalars)
+            scalars = diagnostics.summary(
+                losses, state.opt_state, labels=run.train.group[index], num_classes=task.groups
+            )
+            mass = jnp.stack([scalars.pop(f"class_mass/{i}") for i in range(task.groups)])
+            return State(params, other, opt_state, state.step + 1), {"mass": mass, **scalars}
 
         order_key, augment_key = jax.random.split(
             jax.random.fold_in(jax.random.key(run.seed), number)
@@ -257,12 +237,12 @@ def make_program(
         order = jax.random.permutation(order_key, examples)[: steps * args.batch_size]
         batches = order.reshape(steps, args.batch_size), jax.random.split(augment_key, steps)
         state, records = jax.lax.scan(step, state, batches)
-        mass, scalars = jax.tree.map(lambda r: r.mean(axis=0), records)
+        means = jax.tree.map(lambda r: r.mean(axis=0), records)
 
         label = run.evaluation.label
         hits = logits(state, images, run.evaluation.index).argmax(axis=-1) == label
         sums = [jnp.zeros(task.classes).at[label].add(x) for x in (hits, jnp.ones(len(label)))]
-        return state, History(sums[0] / sums[1], mass, scalars)
+        return state, {"accuracy": sums[0] / sums[1], **means}
 
     def evaluate(state, run, images):
         each = logits(state, images, run.train.index)
@@ -276,13 +256,7 @@ class Trained(NamedTuple):
     losses: Any  # of every training example at the end, [runs, examples]
 
 
-def train(
-    args: argparse.Namespace,
-    name: str,
-    task: Task,
-    runs: list[Run],
-    bar: tqdm,
-) -> Trained:
+def train(args: argparse.Namespace, name: str, task: Task, runs: list[Run], bar: tqdm) -> Trained:
     """Trains the runs, ``args.at_once`` of them as one program.
 
     What is finished stands in ``args.out`` and is not done again; what isn't is saved there every
@@ -307,21 +281,20 @@ def train(
         bar.set_description(done.stem)
         if done.exists():
             bar.update(args.epochs)
-            scalars = report.load_arrays(done)
-            accuracy, mass, losses = (scalars.pop(k) for k in ("accuracy", "mass", "losses"))
-            parts.append(Trained(History(accuracy, mass, scalars), losses))
+            history = report.load_arrays(done)
+            losses = history.pop("losses")
         else:
             part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
             part = jax.device_put(part, sharding(args))
             with checkpoint_manager(folder) as checkpoints:
-                trained = train_part(args, done.stem, program, part, task.images, bar, checkpoints)
-            parts.append(trained)
+                history, losses = train_part(
+                    args, done.stem, program, part, task.images, bar, checkpoints
+                )
             if jax.process_index() == 0:
-                history, losses = trained
-                fixed = {"accuracy": history.accuracy, "mass": history.mass, "losses": losses}
                 done.parent.mkdir(exist_ok=True)
                 with report.replacing(done) as file:
-                    np.savez(file, **fixed, **history.scalars)
+                    np.savez(file, losses=losses, **history)
+        parts.append(Trained(history, losses))
         if jax.process_index() == 0 and folder.exists():
             shutil.rmtree(folder)
     histories, losses = zip(*parts, strict=True)
@@ -394,12 +367,12 @@ def train_part(
         log.info(
             "%s, epoch %d of %d, accuracies of the runs: lowest %.4f, mean %.4f, highest %.4f",
             *(name, epoch + 1, args.epochs),
-            *(f(record.accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max)),
+            *(f(record["accuracy"].mean(axis=1)) for f in (np.min, np.mean, np.max)),
         )
         for i, writer in enumerate(writers):
-            scalars = {tag: of_run[i] for tag, of_run in record.scalars.items()}
+            scalars = {tag: of_runs[i] for tag, of_runs in record.items()}
             for field in ("accuracy", "mass"):
-                each = enumerate(getattr(record, field)[i])
+                each = enumerate(scalars.pop(field))
                 scalars |= {f"{field}/{group}": value for group, value in each}
             writer.add(epoch, scalars)
         # The first process decides for all.

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from commands import CACHE, load, ROOT, SMALL
 
-OPTIONS = f"{SMALL} --epochs 6 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 3"
+OPTIONS = f"{SMALL} --epochs 6 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 1"
 OPTIONS = [*OPTIONS.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
 OPTIONS += ["--checkpoint-every", "0"]
-EPOCHS = 6 * 4
+EPOCHS = 6 * 8
 SEED, KILLS = 0, 20
 
 

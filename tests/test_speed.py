@@ -1,5 +1,8 @@
 """What a step of ABSGD costs by the compiler's count; what it is compared with is sound."""
 
+import argparse
+import functools
+
 import commands
 import jax
 import jax.numpy as jnp
@@ -11,56 +14,57 @@ from benchmarks import meta, speed, steps
 from benchmarks.steps import Batch, FORMS, State, Work
 
 
+@functools.cache
+def figures(model, form):
+    """The compiler's, and the bytes of the optimiser's state."""
+    step, state, batch = speed.prepare(steps.make_work(model, 128), form)
+    size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
+    return speed.figures(step.lower(state, batch).compile()) | {"state": size}
+
+
 @pytest.mark.usefixtures("users_promotion")
 class TestSteps:
     @pytest.mark.parametrize(
         ("model", "form", "flops", "bytes_accessed"),
         [
-            ("mlp", "absgd", 1.002, 1.002),
-            ("mlp", "attention", 1.0001, 1.002),
-            ("mlp", "automatic", 1.002, 1.002),
-            ("mlp", "masked", 1.002, 1.002),
-            ("mlp", "axis_name", 1.002, 1.002),
-            # Gradients whole before they are scaled, lest the backward pass waits for a collective.
-            ("mlp", "pmerge", 1.006, 1.2),
-            # It scales micro-batches as it adds them, and their sum once more.
-            ("mlp", "accumulate", 1.015, 1.002),
+            # A product for each parameter, beside the two products for each example.
+            *(("mlp", form, 1.002, 1.002) for form in FORMS if form != "accumulate"),
+            ("mlp", "accumulate", 1.0002, 1.002),  # which optax.MultiSteps multiplies, too
             ("resnet32", "absgd", 1.0001, 1.0001),
         ],
     )
     def test_cost(self, model, form, flops, bytes_accessed):
-        work, sizes, found = steps.make_work(model, 128), [], []
-        for name in (FORMS[form], form):
-            step, state, batch = speed.prepare(work, name)
-            found.append(speed.figures(step.lower(state, batch).compile()))
-            sizes.append(sum(x.nbytes for x in jax.tree.leaves(state.opt_state)))
-        sgd, absgd = found
+        sgd, absgd = figures(model, FORMS[form]), figures(model, form)
         assert absgd["flops"] <= flops * sgd["flops"]
         assert absgd["bytes_accessed"] <= bytes_accessed * sgd["bytes_accessed"]
-        # Micro-batches bring the number of their examples, their loss and its divergence.
-        assert sizes[1] - sizes[0] == 4 * (7 if form == "accumulate" else 3)
+        # Micro-batches bring their value and what their losses sum up to; see AccumulateState.
+        more = 4 * 6 if form == "accumulate" else 0
+        assert absgd["state"] - sgd["state"] == 4 * 5 + more
 
     def test_forms_train_alike(self):
         work = steps.make_work("mlp", 16)
+        start = jax.tree.leaves(work.params)
 
-        def train(form, calls):
-            step, state, batch = speed.prepare(work, form)
-            for _ in range(calls):
+        @functools.cache
+        def train(form):
+            step, state, batch = speed.prepare(work, form, devices=2)
+            for _ in range(2 * (steps.EVERY_K if form in ("sgd_multi_steps", "accumulate") else 1)):
                 state = step(state, batch)
             leaves = jax.tree.leaves(state.params)
             return np.concatenate([np.ravel(p - q) for p, q in zip(leaves, start, strict=True)])
 
-        start = jax.tree.leaves(work.params)
-        for form, calls, others in (
-            ("sgd", 2, {"sgd_pmean": 2, "sgd_multi_steps": 2 * steps.EVERY_K}),
-            ("absgd", 2, {"attention": 2, "axis_name": 2, "pmerge": 2, "accumulate": 8}),
+        for form, others in (
+            ("sgd", ("sgd_shard_map", "sgd_multi_steps")),
+            ("absgd", ("shard_map", "accumulate")),
+            ("automatic", ("shard_map_automatic",)),
+            ("sgd_masked", ()),
+            ("masked", ()),
         ):
-            expected = train(form, calls)
-            for other, as_many in others.items():
-                np.testing.assert_allclose(train(other, as_many), expected, rtol=1e-3, atol=1e-7)
-        largest = np.abs(expected).max()
-        for form in ("sgd", "automatic", "masked"):
-            assert 1e-3 * largest < np.abs(train(form, 2) - expected).max() < largest
+            for other in others:
+                np.testing.assert_allclose(train(other), train(form), rtol=1e-3, atol=1e-7)
+            if form != "sgd":
+                largest = np.abs(train("sgd")).max()
+                assert 1e-3 * largest < np.abs(train(form) - train("sgd")).max() < largest
 
     def test_transformer(self):
         """It looks back, and not ahead."""
@@ -157,14 +161,13 @@ class TestMeta:
 
 
 @pytest.mark.usefixtures("users_promotion")
-def test_cost_of_learnt_weights():
-    work = steps.make_work("mlp", 128)
-    step, *inputs = speed.prepare(work, "absgd")
-    absgd = speed.figures(step.lower(*inputs).compile())
-    for name, least in (("l2rw", 3), ("l2rw_forward", 2.5), ("meta_weight_net", 3)):
-        step, *inputs = speed.prepare_meta(work, name)
-        learnt = speed.figures(step.lower(*inputs).compile())
-        assert least < learnt["flops"] / absgd["flops"] < least + 0.5
+@pytest.mark.parametrize(
+    ("name", "least"), [("l2rw", 3), ("l2rw_forward", 2.5), ("meta_weight_net", 3)]
+)
+def test_cost_of_learnt_weights(name, least):
+    step, *inputs = speed.prepare_meta(steps.make_work("mlp", 128), name)
+    learnt = speed.figures(step.lower(*inputs).compile())
+    assert least < learnt["flops"] / figures("mlp", "absgd")["flops"] < least + 0.5
 
 
 def test_parameters_for_torch():
@@ -181,69 +184,70 @@ def test_parameters_for_torch():
     )
 
 
-def run(out, *options, path=""):
-    small = "--repeats 2 --seconds 1e-3 --compilations 1 --batch-size 8"
-    options = *small.split(), *options, "--out", out
-    done = commands.run("benchmarks.speed", *options, PYTHONPATH=str(path), JAX_PLATFORMS="cpu")
+def test_no_tokens_beside_torch():
+    """One loss an image: there is no network of tokens in the authors' package."""
+    args = argparse.Namespace(
+        parts=["torch"], models=list(steps.MODELS), losses=[1], parameters=[1], devices=[1]
+    )
+    assert [size for _, _, size in speed.make_jobs(args)] == ["mlp", "cnn", "resnet32"]
+
+
+def test_speed(tmp_path):
+    """Beside an interpreter that answers as one with PyTorch does, but can't compile."""
+    torch, out = tmp_path / "python", tmp_path / "out"
+    torch.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *--compile*) echo "No module named torch" >&2; exit 1;; esac\n'
+        """echo '{"torch": "2", "device": "cpu", "loss": 2.5}'\n"""
+        "while read line; do echo 123.0; done\n"
+    )
+    torch.chmod(0o755)
+    options = "--forms absgd --models mlp --losses 1024 --parameters 1e4 --devices 2 --repeats 2"
+    options += " --seconds 1e-3 --compilations 1 --batch-size 8"
+    done = commands.run(
+        *("benchmarks.speed", *options.split(), "--torch-python", torch, "--out", out),
+        JAX_PLATFORMS="cpu",
+    )
     assert done.returncode == 0, done.stderr_text
     table = (out / "table.md").read_text()
     assert table in done.stdout_text
     assert "python -m benchmarks.speed" in table.splitlines()[0]
     assert f"jax {jax.__version__}" in table
     assert "n = 2 times" in table
+    assert commands.load(out, "config")["machine"]["devices"] == ["cpu"]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    return commands.load(out), [row for row in rows if row]
+    row = {(r[0], r[1]): r[2:] for r in rows if r}
 
-
-def test_speed(tmp_path):
-    """Where PyTorch is not, the table says so."""
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError('No module named torch')")
-    forms = "--forms absgd --models mlp --losses 1024 --parameters 1e4 --devices 2"
-    results, rows = run(tmp_path / "out", *forms.split(), path=tmp_path)
+    results = commands.load(out)
+    ours = "absgd_jax, an epoch a call"
     growing = ("1,024 losses", "10,000 parameters", "2 devices")
     assert list(results) == [
         *(f"sgd, mlp, {form}" for form in ("sgd", "absgd")),
-        "torch, mlp, absgd_jax, an epoch a call",
-        *(f"torch, mlp, absgd, {name}" for name in ("eager", "compiled")),
+        *(f"torch, mlp, {name}" for name in (ours, "absgd, eager", "absgd, compiled")),
         *(f"meta, mlp, {name}" for name in ("absgd", *meta.ALGORITHMS)),
-        *(f"growth, {growing[0]}, {name}" for name in ("copy", "softmax", "weights")),
+        *(f"growth, {growing[0]}, {x}" for x in ("copy", "softmax", "tilt", "value_and_grad")),
         *(f"growth, {growing[1]}, {name}" for name in ("traffic", "sgd", "absgd")),
         *(f"growth, {growing[2]}, {name}" for name in speed.ON_DEVICES),
     ]
-    (row,) = (row for row in rows if row[:3] == ["mlp", "absgd", "sgd"])
     sgd, absgd = (results[f"sgd, mlp, {form}"] for form in ("sgd", "absgd"))
-    assert row[3:5] == [f"{absgd[k] / sgd[k]:.6f}" for k in ("flops", "bytes_accessed")]
-    assert row[6] == "+12"
-    for name in ("eager", "compiled"):
-        assert "seconds" not in results[f"torch, mlp, absgd, {name}"]
-        (row,) = (row for row in rows if row[1] == f"absgd, {name}")
-        assert "No module named torch" in row[-1]
+    assert next(r for r in rows if r[:3] == ["mlp", "absgd", "sgd"])[3:7] == [
+        *(f"{absgd[k] / sgd[k]:.6f}" for k in ("flops", "bytes_accessed")),
+        f"{absgd['memory'] - sgd['memory']:+,}",
+        "+20",
+    ]
+    here, eager, compiled = (
+        results[f"torch, mlp, {x}"] for x in (ours, "absgd, eager", "absgd, compiled")
+    )
+    assert eager["seconds"] == [123, 123]
+    assert eager["images"] == here["images"]
+    beside, images, time, loss, _ = row["mlp", "absgd, eager"]
+    assert (beside, images, loss) == (ours, f"{eager['images'] / 123:,.0f}", "2.50000")
+    expected = np.median(np.divide(123, here["seconds"]))  # whose digits are cut in the file
+    np.testing.assert_allclose(float(time.split()[0]), expected, rtol=1e-4)
+    assert "seconds" not in compiled
+    assert row["mlp", "absgd, compiled"][-1] == "No module named torch"
     assert all(
         len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in results.values() if "seconds" in r
     )
-    assert sum(row[:2] == ["on a GPU", "none here"] for row in rows) == 4
-    for name in ("sgd", "meta", "growth"):
-        assert matplotlib.image.imread(tmp_path / "out" / f"{name}.png").std() > 0.05
-    assert commands.load(tmp_path / "out", "config")["machine"]["devices"] == ["cpu"]
-
-
-def test_beside_torch(tmp_path):
-    """An interpreter that answers as one with PyTorch does."""
-    file = tmp_path / "python"
-    answer = '{"torch": "2", "device": "cpu", "loss": 2.5}'
-    file.write_text(f"#!/bin/sh\necho '{answer}'\nwhile read line; do echo 123.0; done\n")
-    file.chmod(0o755)
-    options = "--parts torch --models mlp transformer --torch-python"
-    results, rows = run(tmp_path / "out", *options.split(), str(file))
-    ours, *theirs = results.values()
-    assert [r["step"] for r in theirs] == ["absgd, eager", "absgd, compiled"]
-    for r in theirs:
-        assert r["seconds"] == [123, 123]
-        assert r["images"] == ours["images"]
-        (row,) = (row for row in rows if row[1] == r["step"])
-        assert row[2:4] == [ours["step"], f"{r['images'] / 123:,.0f}"]
-        expected = np.median(np.divide(123, ours["seconds"]))  # whose digits are cut in the file
-        np.testing.assert_allclose(float(row[4].split()[0]), expected, rtol=1e-4)
-    # One loss an image: there is no network of tokens in the authors' package.
-    assert not any("transformer" in name for name in results)
-    assert matplotlib.image.imread(tmp_path / "out" / "torch.png").std() > 0.05
+    for name in speed.PARTS:
+        assert matplotlib.image.imread(out / f"{name}.png").std() > 0.05

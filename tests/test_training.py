@@ -50,7 +50,7 @@ def fit(tmp_path, digits, runs, **options):
     """What the trainer makes of runs on 200 digits, evaluated on 100."""
     args = argparse.Namespace(**DEFAULTS | options, out=tmp_path)
     task = training.Task(comparison.on_device(args, *digits), cross_entropy, 10, 2, False)
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints").mkdir(parents=True, exist_ok=True)
     with tqdm(disable=True) as bar:
         return training.train(args, "fit", task, runs, bar)
 
@@ -65,19 +65,11 @@ def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(
         np.float32(learning_rate),
         np.float32(DEFAULTS["gamma"]),
         np.float32(temperatures),
-        np.ones(len(temperatures), np.float32) if ess is None else np.float32(ess),
         np.int32(starts),
+        None if ess is None else np.float32(ess),
         training.Examples(index, labels, labels % 2),
         training.Examples(evaluated + len(train.labels), test.labels[:100], test.labels[:100]),
     )
-
-
-def stage(run, step, steps):
-    """λ and the effective sample size."""
-    started = np.flatnonzero(step >= run.starts * steps)
-    if not started.size:
-        return np.inf, 1.0
-    return run.temperatures[started[-1]], np.float64(run.ess[started[-1]])
 
 
 def numpy_run(digits, run, args):
@@ -87,8 +79,10 @@ def numpy_run(digits, run, args):
     pixels, tested = (((s.images - mean) / std).reshape(-1, 64) for s in (train, test))
     model = models.make_model("linear", (8, 8, 1), 10, rngs=nnx.Rngs(jax.random.key(run.seed)))
     w = np.float64(model.head.kernel[...]), np.float64(model.head.bias[...])
-    m, baseline, tuned = [0.0, 0.0], None, np.inf
-    steps, size = 200 // args["batch_size"], args["batch_size"]
+    m, baseline, averaged = [0.0, 0.0], 0.0, 0
+    steps, size, gamma = 200 // args["batch_size"], args["batch_size"], args["gamma"]
+    begin = run.starts[-1] * steps
+    lam = tuned = run.temperatures[-1]
     history, count = [], 0
     for epoch in range(args["epochs"]):
         key = jax.random.fold_in(jax.random.key(run.seed), epoch)
@@ -102,29 +96,36 @@ def numpy_run(digits, run, args):
             p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
             factor = 2 if count >= round(args["second_stage"] * args["epochs"]) * steps else 1
             losses = -factor * np.log(p[np.arange(size), y])
-            (lam, ess), (_, next_ess) = stage(run, count, steps), stage(run, count + 1, steps)
+            if run.ess is None:
+                stage = np.sum(count >= run.starts * steps)
+                lam = np.float64([np.inf, *run.temperatures][stage])
+            else:
+                lam = tuned
+            log_normalizer = baseline / lam if averaged else 0.0
             damping = 1.0
-            if ess < 1:
-                lam = np.copysign(tuned, lam)
             if np.isinf(lam):
                 weights = shares = np.full(size, 1 / size)
             else:
                 # When λ changes, λ log u is what stays.
-                u = 0.0 if baseline is None else np.exp(baseline / lam)
-                u = (1 - args["gamma"]) * u + args["gamma"] * np.exp(losses / lam).mean()
+                u = np.exp(baseline / lam) if averaged else 0.0
+                averaged += 1
+                # As in Adam, where λ is automatic; as published, where it is not.
+                newest = gamma if run.ess is None else gamma / (1 - (1 - gamma) ** averaged)
+                u = (1 - newest) * u + newest * np.exp(losses / lam).mean()
                 baseline = lam * np.log(u)
                 weights = np.exp(losses / lam) / (size * u)
                 shares = weights / weights.sum()
                 chi2 = size * np.sum(shares**2) - 1
-                if ess < 1 and lam > 0:
+                if run.ess is not None and lam > 0:
                     damping = 1 + 2 * np.sqrt(chi2)
-            if next_ess < 1:
-                target = 1 / next_ess - 1
+            if run.ess is not None and count + 1 >= begin:
+                target = 1 / np.float64(run.ess) - 1
                 if np.isinf(lam):
                     # Where a normal distribution of the losses would be on target.
-                    tuned = np.sqrt(losses.var() / target)
+                    size_of_lam = np.sqrt(losses.var() / target)
                 else:
-                    tuned = abs(lam) * (chi2 / target) ** 0.1
+                    size_of_lam = abs(lam) * (chi2 / target) ** 0.1
+                tuned = np.copysign(size_of_lam, run.temperatures[-1])
             grad_z = factor / damping * weights[:, None] * (p - np.eye(10)[y])
             grads = x.T @ grad_z, grad_z.sum(axis=0)
             m = [
@@ -134,7 +135,8 @@ def numpy_run(digits, run, args):
             w = [wi - run.learning_rate * mi for wi, mi in zip(w, m, strict=True)]
             odd = run.train.group[batch] == 1
             mass = shares[~odd].sum(), shares[odd].sum()
-            record.append((losses.mean(), 1 / (size * np.sum(shares**2)), *mass))
+            scalars = losses.mean(), 1 / (size * np.sum(shares**2)), lam, log_normalizer
+            record.append((*scalars, *mass))
             count += 1
         hits = (tested[:100] @ w[0] + w[1]).argmax(axis=1) == test.labels[:100]
         accuracy = [hits[test.labels[:100] == c].mean() for c in range(10)]
@@ -144,42 +146,42 @@ def numpy_run(digits, run, args):
     return np.array(history), -2 * log_p[np.arange(200), run.train.label]
 
 
-def test_training_is_the_published_algorithm(tmp_path, digits):
+SCALARS = "mean_loss", "effective_sample_size", "temperature", "log_normalizer"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        # An infinite λ from the start changes nothing: all runs have as many stages.
+        [
+            {"temperatures": (np.inf, np.inf), "starts": (0, 0), "learning_rate": 0.1},
+            {"temperatures": (np.inf, 5.0), "starts": (0, 0)},
+            {"temperatures": (8.0, 3.0), "starts": (1, 2), "learning_rate": 0.02},
+            {"temperatures": (np.inf, -4.0), "starts": (0, 1)},
+        ],
+        [{"ess": 0.6}, {"ess": 0.8, "temperatures": (-np.inf,), "starts": (1,)}],
+    ],
+    ids=["fixed", "automatic"],
+)
+def test_training_is_the_published_algorithm(tmp_path, digits, settings):
     """Losses, weights, accuracies; stages, their steps, and the loss of the second stage."""
     runs = [
-        make_run(digits, 0),
-        make_run(digits, 1, 0.05, temperatures=(5.0,)),
-        make_run(digits, 2, 0.02, temperatures=(8.0, 3.0), starts=(1, 2)),
-        make_run(digits, 3, 0.05, temperatures=(-4.0,), starts=(1,)),
-        make_run(digits, 4, 0.05, ess=(0.6,)),
-        make_run(digits, 5, 0.05, temperatures=(-np.inf,), starts=(1,), ess=(0.8,)),
-        make_run(digits, 6, 0.05, temperatures=(3.0, np.inf), starts=(0, 2), ess=(1.0, 0.7)),
-    ]
-    # As comparison.make_run does.
-    runs = [
-        run._replace(
-            temperatures=np.float32([*[np.inf] * (2 - len(run.starts)), *run.temperatures]),
-            ess=np.float32([*[1.0] * (2 - len(run.starts)), *run.ess]),
-            starts=np.int32([*[0] * (2 - len(run.starts)), *run.starts]),
-        )
-        for run in runs
+        make_run(digits, i, **{"learning_rate": 0.05, **setting})
+        for i, setting in enumerate(settings)
     ]
     trained = fit(tmp_path, digits, runs)
     for i, run in enumerate(runs):
         history, losses = numpy_run(digits, run, DEFAULTS)
         found = jax.tree.map(lambda x, i=i: x[:, i], trained.history)
-        scalars = found.scalars
-        np.testing.assert_allclose(scalars["mean_loss"], history[:, 0], rtol=1e-4)
-        np.testing.assert_allclose(scalars["effective_sample_size"], history[:, 1], rtol=1e-4)
-        np.testing.assert_allclose(found.mass, history[:, 2:4], rtol=1e-4)
-        np.testing.assert_allclose(found.accuracy, history[:, 4:], atol=1e-6)
+        for name, column in zip(SCALARS, history.T, strict=False):
+            np.testing.assert_allclose(found[name], column, rtol=1e-4, err_msg=name)
+        np.testing.assert_allclose(found["mass"], history[:, 4:6], rtol=1e-4)
+        np.testing.assert_allclose(found["accuracy"], history[:, 6:], atol=1e-6)
         np.testing.assert_allclose(trained.losses[i], losses, rtol=1e-3, atol=1e-4)
 
 
 def test_in_parts_and_on_several_devices(tmp_path, digits):
     runs = [make_run(digits, seed, 0.05, temperatures=(5.0,)) for seed in range(3)]
-    (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
     at_once = fit(tmp_path / "a", digits, runs)
     in_parts = fit(tmp_path / "b", digits, runs, at_once=2, devices=4)
     for a, b in zip(jax.tree.leaves(at_once), jax.tree.leaves(in_parts), strict=True):
@@ -303,6 +305,8 @@ def test_fine_tuning(tmp_path, digits):
     )
     losses = jax.jit(second.evaluate)(state, run, task.images)
     np.testing.assert_allclose(stacked.losses[0], losses, rtol=1e-3, atol=1e-5)
+    # Its optimiser is a new one, but λ goes by the epochs of them all.
+    np.testing.assert_array_equal(stacked.history["temperature"][:, 0], [np.inf, np.inf, 5])
 
 
 def test_frozen_blocks_keep_their_statistics(tmp_path, digits):
