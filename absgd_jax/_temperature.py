@@ -215,9 +215,7 @@ def target_kl(
 
     Args:
       radius: Target of KL, positive, in nats: near 0 all examples count alike.
-      init_value: As in :func:`target_ess`.
-      rate: As in :func:`target_ess`.
-      damping: As in :func:`target_ess`.
+      init_value, rate, damping: As in :func:`target_ess`.
 
     Returns:
       An automatic temperature.

@@ -52,9 +52,7 @@ def largest_weight(
     """The largest weight of a batch, as a share of them all.
 
     Args:
-      weights: As in :func:`effective_sample_size`.
-      where: As in :func:`effective_sample_size`.
-      axis_name: As in :func:`effective_sample_size`.
+      weights, where, axis_name: As in :func:`effective_sample_size`.
 
     Returns:
       A scalar, in float32 or in the dtype of ``weights`` if that is wider.
@@ -83,9 +81,7 @@ def kl_divergence(
     Their entropy is :math:`\log n - \mathrm{KL}`.
 
     Args:
-      weights: As in :func:`effective_sample_size`.
-      where: As in :func:`effective_sample_size`.
-      axis_name: As in :func:`effective_sample_size`.
+      weights, where, axis_name: As in :func:`effective_sample_size`.
 
     Returns:
       A scalar in [0, log n], in float32 or in the dtype of ``weights`` if that is wider.
