@@ -155,19 +155,18 @@ def average(
     value = value.astype(dtype)
     there = jnp.isfinite(value) & (value != 0)
     value = jnp.where(there, value, 1)
-    # u is the sum of a part that was, unless this is the first batch, and of γ (E - that part).
-    part = jnp.where(first, 0.0, 1.0).astype(dtype)
-    excess = (value - part * baseline) / lam
+    # 1 + γ A, or in a first batch γ E.
+    one = jnp.where(first, 0.0, 1.0).astype(dtype)
+    excess = (value - one * baseline) / lam
     shrink: ArrayLike = 1
     if max_jump is not None:
-        whole = jnp.maximum(part + excess, eps(dtype))
-        excess = jnp.minimum(
-            excess, jnp.where(first, jnp.inf, jnp.expm1(jnp.asarray(max_jump, dtype)))
-        )
-        shrink = jnp.maximum(part + excess, eps(dtype)) / whole
+        mean_exp = jnp.maximum(one + excess, eps(dtype))
+        most = jnp.where(first, jnp.inf, jnp.expm1(jnp.asarray(max_jump, dtype)))
+        excess = jnp.minimum(excess, most)
+        shrink = jnp.maximum(one + excess, eps(dtype)) / mean_exp
     rise = newest * excess
     # E is not negative, but what rounding leaves of it may be.
-    growth = jnp.maximum(part + rise, part * (1 - newest))
+    growth = jnp.maximum(one + rise, one * (1 - newest))
     weighted = there & ~flat & (growth > 0)
     growth = jnp.where(weighted, growth, 1)
     # A large λ multiplies the logarithm's error: near 1 log1p has the digits.
@@ -315,7 +314,9 @@ def moments(
     dtype = at_least_float32(jnp.result_type(state.baseline))
     lam, baseline = temperature_and_baseline(state, dtype)
     lam = far(lam)
-    part = tilted_means(lax.stop_gradient(losses).astype(dtype), lam, where)
+    # XLA would compute them in the kernels of the backward pass, which then waits for their maximum.
+    losses = lax.optimization_barrier(lax.stop_gradient(losses).astype(dtype))
+    part = tilted_means(losses, lam, where)
     # All that the parts have in common is V. Below the one bound a sum of expm1 has no digits left,
     # and above the other there is no room for squares.
     lowest, highest = np.log(eps(dtype)) / 2, np.log(np.finfo(dtype).max) / 4
