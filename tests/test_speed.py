@@ -29,7 +29,7 @@ class TestSteps:
         [
             # A product for each parameter, beside the two products for each example.
             *(("mlp", form, 1.002, 1.002) for form in FORMS if form != "accumulate"),
-            ("mlp", "accumulate", 1.0002, 1.002),  # which optax.MultiSteps multiplies, too
+            ("mlp", "accumulate", 1.01, 1.01),  # MultiSteps multiplies, too; the oldest, less
             ("resnet32", "absgd", 1.0001, 1.0001),
         ],
     )
