@@ -314,7 +314,7 @@ def moments(
     dtype = at_least_float32(jnp.result_type(state.baseline))
     lam, baseline = temperature_and_baseline(state, dtype)
     lam = far(lam)
-    # XLA would compute them in the kernels of the backward pass, which then waits for their maximum.
+    # XLA would take them into kernels of the backward pass, which would wait for their maximum.
     losses = lax.optimization_barrier(lax.stop_gradient(losses).astype(dtype))
     part = tilted_means(losses, lam, where)
     # All that the parts have in common is V. Below the one bound a sum of expm1 has no digits left,
