@@ -46,18 +46,22 @@ def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Tempera
     if not callable(temperature):
         check_temperature(temperature)
 
-    def at(count: ArrayLike) -> ArrayLike:
-        return temperature(count) if callable(temperature) else temperature
-
     def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
         before = jnp.asarray(state.temperature)
-        given = jnp.array(at(state.count + 1), before.dtype)  # not the caller's, to be donated
+        given = jnp.array(
+            at(temperature, state.count + 1), before.dtype
+        )  # not the caller's, to be donated
         # What falls to 0 stops short of it, on the side where it was.
         lam = jnp.where(given == 0, jnp.sign(before) * SMALLEST, given)
         lam = jnp.where(given == state.given, before, lam)
         return state._replace(temperature=lam, given=given), 1
 
-    return Temperature(lambda: at(0), update)
+    return Temperature(lambda: at(temperature, 0), update)
+
+
+def at(value: optax.ScalarOrSchedule, count: ArrayLike) -> ArrayLike:
+    """A number, or what a schedule is after so many updates."""
+    return value(count) if callable(value) else value
 
 
 def two_stage(

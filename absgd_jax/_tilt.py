@@ -233,9 +233,7 @@ def robust_loss(
     losses = as_batch("losses", losses)
     if where is not None:
         where = as_mask(where, losses.shape)
-    lam = sound(temperature).astype(losses.dtype)
-    batch = tilted_means(losses, far(lam), where)
-    return jnp.where(is_flat(lam), batch.mean, batch.robust)
+    return tilted_means(losses, sound(temperature).astype(losses.dtype), where).robust
 
 
 class Tilted(NamedTuple):
@@ -243,7 +241,7 @@ class Tilted(NamedTuple):
 
     mean: jax.Array  # of the losses
     robust: jax.Array  # F
-    z: jax.Array  # log(n w_i), of the shape of the losses
+    z: jax.Array  # log(n w_i) at far(λ), of the shape of the losses
     shift: jax.Array  # (F - shift) / λ = log, whose digits F doesn't hold at a large λ
     log: jax.Array
     n: jax.Array
@@ -255,7 +253,8 @@ def tilted_means(
     where: jax.Array | None,
     axis_name: Hashable | None = None,
 ) -> Tilted:
-    """Of a batch, which ``axis_name`` spreads over devices, at a finite λ."""
+    """Of a batch, which ``axis_name`` spreads over devices."""
+    flat, lam = is_flat(lam), far(lam)
     # exp(l / λ) is largest at `shift`; relative to it no exponent is positive.
     sign = jnp.where(lam < 0, -1.0, 1.0).astype(lam.dtype)
     extreme = jnp.max(sign * lax.stop_gradient(losses), where=where, initial=-jnp.inf)
@@ -280,7 +279,8 @@ def tilted_means(
     log = jnp.log(jnp.where(n > 0, exp, 1))
     near = jnp.abs(expm1) < 0.5
     log += jnp.where(near, jnp.log1p(jnp.where(near, expm1, 0)) - lax.stop_gradient(log), 0)
-    return Tilted(mean, jnp.where(n > 0, shift + lam * log, 0), z - log, shift, log, n)
+    robust = jnp.where(flat, mean, jnp.where(n > 0, shift + lam * log, 0))
+    return Tilted(mean, robust, z - log, shift, log, n)
 
 
 def divergences(z: jax.Array, expm1: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -313,17 +313,15 @@ def moments(
     """Those of a batch, which ``axis_name`` spreads over devices; NaN if a loss is not finite."""
     dtype = at_least_float32(jnp.result_type(state.baseline))
     lam, baseline = temperature_and_baseline(state, dtype)
-    lam = far(lam)
     # XLA would take them into kernels of the backward pass, which would wait for their maximum.
     losses = lax.optimization_barrier(lax.stop_gradient(losses).astype(dtype))
-    part = tilted_means(losses, lam, where)
+    part, lam = tilted_means(losses, lam, where), far(lam)
     # All that the parts have in common is V. Below the one bound a sum of expm1 has no digits left,
     # and above the other there is no room for squares.
     lowest, highest = np.log(eps(dtype)) / 2, np.log(np.finfo(dtype).max) / 4
     level = jnp.clip((part.shift - baseline) / lam + part.log, float(lowest), float(highest))
     expm1 = jnp.expm1(level)
-    finite = jnp.all(jnp.isfinite(losses) if where is None else jnp.isfinite(losses) | ~where)
-    n = jnp.where(finite, part.n, jnp.nan)
+    n = jnp.where(jnp.all(jnp.isfinite(losses), where=where), part.n, jnp.nan)
     rounding = jnp.square(8 * eps(dtype) * part.shift / lam)  # of the losses
 
     def inside(x: jax.Array, power: int) -> jax.Array:

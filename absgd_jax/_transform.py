@@ -23,7 +23,7 @@ from absgd_jax._checks import (
     whole_number,
 )
 from absgd_jax._state import AttentionState, find, SMALLEST
-from absgd_jax._temperature import as_temperature, Temperature
+from absgd_jax._temperature import as_temperature, at, Temperature
 from absgd_jax._tilt import average, Moments, moments
 
 
@@ -148,8 +148,7 @@ def scale_by_attention(
             sums = _moments(state, losses, where, axis_name)
         dtype = at_least_float32(jnp.result_type(state.baseline))
         newest, following = (
-            jnp.asarray(gamma(t) if callable(gamma) else gamma, dtype)
-            for t in (state.count, state.count + 1)
+            jnp.asarray(at(gamma, count), dtype) for count in (state.count, state.count + 1)
         )
         if debias or tuned.automatic:
             # 1 - (1-γ)^t, with its digits where γ is small.

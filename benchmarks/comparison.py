@@ -154,9 +154,10 @@ def train(
 
 def programs(settings: list[Setting]) -> dict[str, list[Setting]]:
     """The settings that are one program each, by what its name ends in."""
-    groups: dict[str, list[Setting]] = {"": [], "-automatic": []}
-    for setting in settings:
-        groups["-automatic" * options.is_automatic(setting.stages)].append(setting)
+    groups = {
+        ending: [s for s in settings if options.is_automatic(s.stages) == automatic]
+        for ending, automatic in (("", False), ("-automatic", True))
+    }
     return {ending: group for ending, group in groups.items() if group}
 
 

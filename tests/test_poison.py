@@ -162,14 +162,3 @@ def test_a_loss_of_1e30_is_over_after_60_steps(poisoned, lam):
     assert np.all(np.isfinite(poisoned_scales))
     np.testing.assert_allclose(state.baseline, clean.baseline, atol=1e-6 * abs(lam))
     np.testing.assert_allclose(poisoned_scales[-1], scales[-1], rtol=1e-5)
-
-
-@pytest.mark.parametrize("value", [0.0, np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("lam", [2.0, -2.0, np.inf])
-def test_a_value_of_nothing_leaves_all_but_the_count_alone(lam, value):
-    """Exactly 0, as the usual mean over nothing is, or not finite."""
-    tx = scale_by_attention(lam)
-    _, state = tx.update(jnp.ones([]), tx.init(None), value=3.0)
-    scale, after = tx.update(jnp.ones([]), state, value=value)
-    assert scale == 1
-    assert after == state._replace(count=state.count + 1)

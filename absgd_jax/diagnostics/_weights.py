@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from absgd_jax._checks import as_array, as_batch, as_mask, check_number, whole_number
 from absgd_jax._reduce import psum
 from absgd_jax._state import find, is_flat
-from absgd_jax._tilt import divergences, far, temperature_and_baseline, tilted_means
+from absgd_jax._tilt import divergences, temperature_and_baseline, tilted_means
 
 
 def effective_sample_size(
@@ -194,12 +194,12 @@ def summary(
         where = as_mask(where, losses.shape)
     lam, baseline = temperature_and_baseline(state, losses.dtype)
     flat = is_flat(lam)
-    batch = tilted_means(losses, far(lam), where, axis_name)
+    batch = tilted_means(losses, lam, where, axis_name)
     weights = jnp.where(flat, 1, jnp.exp(batch.z))
     weighted = (jnp.asarray(state.averaged) > 0) & ~flat
     scalars = {
         "mean_loss": batch.mean,
-        "robust_loss": jnp.where(flat, batch.mean, batch.robust),
+        "robust_loss": batch.robust,
         "temperature": lam,
         "effective_sample_size": effective_sample_size(weights, where=where, axis_name=axis_name),
         "largest_weight": largest_weight(weights, where=where, axis_name=axis_name),
