@@ -298,6 +298,15 @@ class TestDegenerate:
         lams = tuned(make(init_value=sign * jnp.inf), BATCHES[:, :n])
         assert np.all(np.abs(lams[50:]) > 0.05)
 
+    def test_losses_that_hardly_differ(self):
+        """Their χ² at an infinite λ, over its target, is below the smallest normal number."""
+        tx = scale_by_attention(target_ess(0.1, init_value=-jnp.inf))
+        update = jax.jit(lambda x: tx.update(None, tx.init(None), value=x.mean(), losses=x)[1])
+        for size in 10.0 ** np.linspace(-12, -9, 200):
+            state = update(np.float32(size * np.linspace(-1, 1, 24)))
+            assert get_temperature(state) < 0
+        assert np.isfinite(get_temperature(state))
+
     @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
     def test_comes_back_from_where_ties_have_sent_it(self, make):
         ties = np.repeat(np.float32([[0.0, 3.0]]), 2000, axis=0).repeat((120, 8), axis=1)
