@@ -1,6 +1,4 @@
-import importlib.util
 import pathlib
-import sys
 
 import jax
 import optax
@@ -28,10 +26,6 @@ shared = {
 settings.register_profile("ci", max_examples=650, derandomize=True, **shared)
 settings.register_profile("long", max_examples=13_000, print_blob=True, **shared)
 settings.load_profile("ci")
-
-# The benchmarks come from the checkout, which is not on the path: absgd_jax is the installed one.
-spec = importlib.util.spec_from_file_location("benchmarks", ROOT / "benchmarks" / "__init__.py")
-sys.modules["benchmarks"] = importlib.util.module_from_spec(spec)
 
 
 def pytest_report_header():

@@ -7,10 +7,10 @@ import time
 import matplotlib.image
 import numpy as np
 import pytest
-from commands import load, run, SMALL, start
 from tensorboardX.proto.event_pb2 import Event
 
 from benchmarks import comparison, longtail
+from tests.support.commands import load, run, SMALL, start
 
 
 def pictures(out):

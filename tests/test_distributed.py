@@ -1,7 +1,6 @@
 """One batch is one batch, however its mean is taken: one run, held to NumPy's after 50 steps."""
 
 import functools
-import pathlib
 import re
 import socket
 import subprocess
@@ -9,7 +8,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import layouts
 import numpy as np
 import optax
 import pytest
@@ -17,6 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from absgd_jax import absgd, target_ess
+from tests.support import layouts
 
 DEVICES = 8
 TEMPERATURES = (0.5, -1.0, (1.0, 0.1), (-np.inf, 0.2))  # the latter two: automatic ones
@@ -158,16 +157,14 @@ def test_accumulate_on_devices(precision):
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    """What one_of_two_processes.py wrote, and how each process ended: its code and its messages."""
+    """What one_of_two_processes wrote, and how each process ended: its code and its messages."""
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     outs = [tmp_path_factory.mktemp("process") / "results.npz" for _ in range(2)]
-    script = pathlib.Path(__file__).with_name("one_of_two_processes.py")
+    command = [sys.executable, "-m", "tests.support.one_of_two_processes", str(port)]
     processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(port), str(i), out], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([*command, str(i), out], stderr=subprocess.PIPE, text=True)
         for i, out in enumerate(outs)
     ]
     messages = [process.communicate(timeout=300)[1] for process in processes]

@@ -21,7 +21,6 @@ from flax import nnx
 from flax.training import train_state
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from reference import Case, weigh
 
 from absgd_jax import (
     absgd,
@@ -32,6 +31,7 @@ from absgd_jax import (
     target_ess,
     tilt,
 )
+from tests.support.reference import Case, weigh
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 8)).astype(np.float32) / 2

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from reference import (
+
+from absgd_jax import abadam, absgd, tilt, two_stage
+from tests.support.reference import (
     ADAM_CASES,
     ADAM_RATE,
     Case,
@@ -22,9 +24,7 @@ from reference import (
     train_all,
 )
 
-from absgd_jax import abadam, absgd, tilt, two_stage
-
-TORCH_FILE = pathlib.Path(__file__).with_name("torch_trajectories.npz")
+TORCH_FILE = pathlib.Path(__file__).parent / "support" / "torch_trajectories.npz"
 CASES = {"sgd": SGD_CASES, "adam": ADAM_CASES}
 
 

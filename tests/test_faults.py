@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 import pytest
-from commands import CACHE, load, ROOT, SMALL
+
+from tests.support.commands import CACHE, load, ROOT, SMALL
 
 OPTIONS = f"{SMALL} --epochs 6 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 1"
 OPTIONS = [*OPTIONS.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
@@ -26,7 +27,7 @@ class Trainer:
 
     def __init__(self):
         self.server = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked"],
+            [sys.executable, "-m", "tests.support.forked"],
             cwd=ROOT,
             env=os.environ | CACHE | {"OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,

@@ -3,7 +3,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import numpy_losses
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
@@ -11,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from absgd_jax import losses
+from tests.support import numpy_losses
 
 COUNTS = [60, 25, 9, 2]
 ALPHA = [0.5, 1.0, 2.0, 3.0]

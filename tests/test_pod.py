@@ -2,12 +2,12 @@
 
 import importlib.util
 
-import commands
 import jax
 import pytest
 from jax import export
 
 from benchmarks import pod, steps
+from tests.support import commands
 
 HLO = """HloModule step
 

@@ -3,7 +3,6 @@
 import argparse
 import functools
 
-import commands
 import jax
 import jax.numpy as jnp
 import matplotlib.image
@@ -12,6 +11,7 @@ import pytest
 
 from benchmarks import meta, speed, steps
 from benchmarks.steps import Batch, FORMS, State, Work
+from tests.support import commands
 
 
 @functools.cache

@@ -20,10 +20,10 @@ LIBRARY, BENCHMARKS, TESTS = (
 # By PyTorch, in an environment that may have no JAX.
 REFERENCE = {
     ROOT / "benchmarks" / "torch_speed.py",
-    ROOT / "tests" / "record_torch.py",
-    ROOT / "tests" / "reference.py",
+    ROOT / "tests" / "support" / "record_torch.py",
+    ROOT / "tests" / "support" / "reference.py",
 }
-OURS = {"absgd_jax", "benchmarks"} | {path.stem for path in TESTS}
+OURS = {"absgd_jax", "benchmarks", "tests"}
 
 
 def declared(*requirements):

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from attended import attend, follow
 
 from absgd_jax import (
     abadam,
@@ -21,6 +20,7 @@ from absgd_jax import (
     tilt,
     two_stage,
 )
+from tests.support.attended import attend, follow
 
 ESS, KL = functools.partial(target_ess, 0.5), functools.partial(target_kl, 0.3)
 BATCHES = np.random.default_rng(0).exponential(size=(600, 128)).astype(np.float32)

@@ -4,12 +4,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from attended import attend, follow, published
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from absgd_jax import AttentionState, scale_by_attention, tilt
+from tests.support.attended import attend, follow, published
 
 BATCHES = np.random.default_rng(2).gamma(2.0, size=(60, 16)).astype(np.float32)
 PLAIN_FIRST = 3  # batches

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from attended import attend, follow, published
 
 from absgd_jax import (
     abadam,
@@ -17,6 +16,7 @@ from absgd_jax import (
     tilt,
     two_stage,
 )
+from tests.support.attended import attend, follow, published
 
 RNG = np.random.default_rng(0)
 X, Y = np.float32(RNG.normal(size=(16, 3))), np.float32(RNG.normal(size=16))

@@ -1,4 +1,4 @@
-"""Long-tailed training, again and again: ``python -m tests.forked``.
+"""Long-tailed training, again and again: ``python -m tests.support.forked``.
 
 Each line of standard input, ``[LIMIT, ARGUMENT, ...]``, is a run whose files may have LIMIT bytes,
 if that is not null. It is forked after the imports, which are half of its time. The answer is two

@@ -1,8 +1,8 @@
 """Records what the authors' PyTorch package, absgd 0.0.1, does on the runs of reference.py.
 
-    python tests/record_torch.py            writes tests/torch_trajectories.npz
-    python tests/record_torch.py --check    runs the package and compares: the file with what it
-                                            does, and the NumPy transcription at every step
+    python -m tests.support.record_torch            writes torch_trajectories.npz
+    python -m tests.support.record_torch --check    compares with what the package does now: the
+                                                    file, and the transcription at every step
 
 Needs the extra `reference`. The file holds, in float64, the loss of every step and all parameters
 after every 50th.
@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from absgd.losses import ABLoss
 from absgd.optimizers import ABAdam, ABSGD
-from reference import (
+
+from tests.support.reference import (
     ADAM_CASES,
     ADAM_RATE,
     problem,

@@ -1,4 +1,4 @@
-"""One of the two processes that test_distributed.py starts: ``python ... PORT PROCESS OUT``.
+"""One of the two processes that test_distributed.py starts: ``python -m ... PORT PROCESS OUT``.
 
 Each holds half of every batch, on two of the four devices, and writes what it ends with to OUT.
 Then the second dies, and the first goes on alone.
@@ -8,10 +8,11 @@ import os
 import sys
 
 import jax
-import layouts
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from tests.support import layouts
 
 TEMPERATURE = (-np.inf, 0.2)  # automatic
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import reference
 from jax import lax
 
 from absgd_jax import absgd, accumulate, losses, target_kl, tilt
+from tests.support import reference
 
 STEPS, RATE, WEIGHT_DECAY, GAMMA = 50, 0.1, 1e-3, 0.7
 
