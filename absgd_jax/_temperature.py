@@ -266,7 +266,7 @@ def _automatic(
         reached, reachable = (chi2, (n - 1) / 2) if measure == "chi2" else (kl, jnp.log(n) / 2)
         aim = jnp.minimum(jnp.asarray(target, lam.dtype), jnp.maximum(reachable, SMALLEST))
         # Below the smallest normal number the compiler may take it for 0, whose logarithm is -inf.
-        moves = reached / aim >= jnp.finfo(lam.dtype).tiny
+        moves = reached / aim >= float(np.finfo(lam.dtype).tiny)
         excess = jnp.log(jnp.where(moves, reached / aim, 1))
         flat = is_flat(lam)
         step = jnp.clip(jnp.asarray(rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP)
