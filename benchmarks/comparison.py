@@ -1,14 +1,22 @@
-"""Losses side by side, each with SGD and with ABSGD, as chosen on a validation split."""
+"""Losses side by side, each with SGD and with ABSGD, as chosen on a validation split.
 
-import argparse
+    Config    what every comparison is told
+    Setting   what the search chooses from: λ, learning rate, γ
+    Result    a loss in the setting that was chosen, and what became of its runs
+
+A λ is written as it is on the command line; see ``stages``.
+"""
+
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import matplotlib
@@ -16,9 +24,10 @@ import numpy as np
 from tqdm import tqdm
 
 from absgd_jax.data import class_counts
-from benchmarks import options, report, training
+from benchmarks import config as configuration
+from benchmarks import datasets, report, training
+from benchmarks.config import fail, FROM_0, FROM_1, FROM_2, INSIDE, Must, POSITIVE
 from benchmarks.datasets import Split
-from benchmarks.options import Stages
 from benchmarks.training import Examples, Images, Run, Task, Trained
 
 matplotlib.use("Agg")
@@ -28,17 +37,145 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 SEARCH_SEED = 1000  # the first seed of the search; those that are reported start from 0
+SGD = "inf"
+# The papers' protocol, in place of what suits a set of small images on a small machine.
+PAPERS = {
+    "model": "resnet32",
+    "epochs": 200,
+    "batch_size": 128,
+    "hidden": (256, 128),
+    "augment": True,
+}
+
+# Of (seed, search): what a run trains on, and what it is evaluated on.
+Draw = Callable[[int, bool], tuple[Examples, Examples]]
+Train = Callable[[str, Task, list[Run]], Trained]
+
+
+def is_automatic(temperature: str) -> bool:
+    return "ess" in temperature
+
+
+def stages(temperature: str) -> list[tuple[float, float]]:
+    """Pairs of a share of the epochs, and λ, or the effective sample size, from there on.
+
+    ``"5"`` is λ = 5 from the start, ``"0.8:5"`` plain SGD before 0.8 of the epochs, and
+    ``"0.5:10,0.8:5"`` has two steps. ``"ess0.5"`` and ``"0.5:ess-0.7"`` tune λ > 0 and λ < 0.
+    """
+    pairs = [stage.rpartition(":") for stage in temperature.split(",")]
+    return [(float(start or 0), float(value.removeprefix("ess"))) for start, _, value in pairs]
+
+
+def is_temperature(text: str) -> bool:
+    try:
+        starts, values = zip(*stages(text), strict=True)
+    except ValueError:
+        return False
+    sizes = [abs(value) for value in values]
+    sound = 0 < sizes[0] < 1 and len(sizes) == 1 if is_automatic(text) else min(sizes) > 0
+    return sound and list(starts) == sorted(starts) and starts[0] >= 0 and starts[-1] < 1
+
+
+TEMPERATURE = Must(
+    "be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or 0.5:10,0.8:5, or one "
+    "effective sample size, such as ess0.5 or 0.5:ess-0.7",
+    is_temperature,
+)
+ADDRESS = Must("be HOST:PORT or auto", lambda text: text == "auto" or ":" in text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(training.Config):
+    """What every comparison is told."""
+
+    dataset: Literal[*datasets.NAMES] = "digits"  # what to train on
+    data_dir: pathlib.Path | None = None  # folder with the files of the data set
+    seeds: Annotated[int, FROM_2] = 5  # number of seeds that are reported
+    search_seeds: Annotated[int, FROM_1] = 5  # seeds of every setting of the search
+    # share of the smallest class that the search holds out of every class
+    validation: Annotated[float, INSIDE] = 0.2
+    # peaks to choose from
+    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.01, 0.03, 0.1, 0.3)
+    # to choose from: 5 for λ = 5 from the start; 0.8:5 for plain SGD before 0.8 of the epochs;
+    # 0.5:10,0.8:5 for several steps; ess0.5 for λ > 0 with an effective sample size of half the
+    # batch, and ess-0.5 for λ < 0
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+        *("0.5", "2", "5"),
+        *("0.5:0.5", "0.5:2", "0.5:5"),
+    )
+    # address of process 0, where several processes share the work and --out; or auto, where JAX
+    # knows the cluster
+    coordinator: Annotated[str | None, ADDRESS] = None
+    num_processes: Annotated[int | None, FROM_1] = None  # number of processes, if not auto
+    process_id: Annotated[int | None, FROM_0] = None  # number of this one, from 0, if not auto
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.coordinator not in (None, "auto"):
+            if None in (self.num_processes, self.process_id):
+                raise ValueError("--coordinator HOST:PORT needs --num-processes and --process-id")
+            if self.process_id >= self.num_processes:
+                raise ValueError(
+                    f"--process-id must be less than --num-processes, got {self.process_id}"
+                )
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def read(cls: type[AnyConfig], doc: str | None) -> AnyConfig:
+    """The command line, in front of the papers' protocol where the data are not the digits."""
+    config = configuration.read(cls, doc)
+    if config.dataset != "digits":
+        config = configuration.read(cls, doc, default=dataclasses.replace(cls(), **PAPERS))
+    return config
+
+
+def load(config: Config) -> tuple[Split, Split]:
+    """Both splits, once the configuration suits the devices."""
+    if config.coordinator == "auto":
+        jax.distributed.initialize()
+    elif config.coordinator:
+        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
+    devices, most = config.number_of_devices, jax.device_count()
+    if devices > most:
+        fail(f"--devices must lie in [1, {most}], got {devices}")
+    if config.batch_size % devices:
+        fail(f"--batch-size must be a multiple of --devices, got {config.batch_size}")
+    blocks = {"linear": 0, "mlp": len(config.hidden), "cnn": 3, "resnet32": 4}[config.model]
+    if config.fine_tune_from > blocks:
+        fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
+    try:
+        train, test = datasets.load(config.dataset, config.data_dir)
+        datasets.check(train, test)
+    except (OSError, ValueError) as error:
+        fail(str(error))
+    return train, test
+
+
+def on_device(config: Config, train: Split, test: Split) -> Images:
+    """The images of both splits, those of the training split first."""
+    pixels = np.concatenate([train.images, test.images])
+    if config.model == "resnet32":
+        missing = [max(32 - size, 0) for size in pixels.shape[1:3]]
+        margins = [(n // 2, n - n // 2) for n in missing]
+        pixels = np.pad(pixels, [(0, 0), *margins, (0, 0)])
+    mean, std = (np.float32(f(train.images, axis=(0, 1, 2))) for f in (np.mean, np.std))
+    return jax.device_put(Images(pixels, mean, std), training.sharding(config))
 
 
 class Setting(NamedTuple):
-    """What a search chooses from; no stages, or an infinite λ, is plain SGD."""
+    """What a search chooses from; an infinite λ is plain SGD."""
 
-    stages: Stages
+    temperature: str
     learning_rate: float
-    gamma: float = 0.9
+    gamma: float
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.stages)) or "∞"
+        if self.temperature == SGD:
+            return "∞"
+        pairs = [stage.rpartition(":") for stage in self.temperature.split(",")]
+        return ", ".join(f"{lam} from {start}" if start else lam for start, _, lam in pairs)
 
 
 class Result(NamedTuple):
@@ -51,9 +188,9 @@ class Result(NamedTuple):
 
     @property
     def optimizer(self) -> str:
-        if not self.setting.stages:
+        if self.setting.temperature == SGD:
             return "SGD"
-        return "ABSGD, automatic" if options.is_automatic(self.setting.stages) else "ABSGD"
+        return "ABSGD, automatic" if is_automatic(self.setting.temperature) else "ABSGD"
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -62,40 +199,61 @@ class Result(NamedTuple):
 
 
 def diverged(trained: Trained) -> int:
-    """Number of runs whose loss is not finite, or whose accuracy is below twice a guess's."""
+    """Number of runs whose loss is not finite, or that end next to a guess.
+
+    Next to a guess is below twice its accuracy, and less than ten points above it.
+    """
     finite = np.isfinite(trained.history["mean_loss"]).all(axis=0)
     accuracy = trained.history["accuracy"][-1]
-    return int(np.sum(~finite | (accuracy.mean(axis=-1) < 2 / accuracy.shape[-1])))
+    guess = 1 / accuracy.shape[-1]
+    return int(np.sum(~finite | (accuracy.mean(axis=-1) < guess + min(guess, 0.1))))
 
 
-class Source(NamedTuple):
-    """Where the runs get their data from."""
+@contextlib.contextmanager
+def session(config: Config, draw: Draw, tasks: int, sizes: list[int]) -> Iterator[Train]:
+    """Holds ``config.out``, shows a bar over all epochs, and gives the function that trains.
 
-    images: Images
-    classes: int
-    groups: int
-    # Of (seed, search): what a run trains on and is evaluated on. Every seed has as many examples
-    # of each class.
-    examples: Callable[[int, bool], tuple[Examples, Examples]]
-
-
-def begin(parser: argparse.ArgumentParser, args: argparse.Namespace, source: Source) -> None:
-    """Checks the arguments against the data, and makes ``args.out`` ready."""
+    ``sizes`` are how many runs each program of a task has. The table is printed at the end.
+    """
     try:
-        examples = len(source.examples(SEARCH_SEED, True)[0].label)
+        train, evaluation = draw(SEARCH_SEED, True)
     except ValueError as error:
-        parser.error(str(error))
-    if args.batch_size > examples:
-        parser.error(
-            f"--batch-size must not exceed the {examples} training examples of the search, "
-            f"got {args.batch_size}"
+        fail(str(error))
+    if config.batch_size > len(train.label):
+        fail(
+            f"--batch-size must not exceed the {len(train.label)} training examples of the search, "
+            f"got {config.batch_size}"
         )
-    if jax.process_index() == 0:
+    if len(missing := np.setdiff1d(train.label, evaluation.label)):
+        fail(
+            f"--validation must hold out an example of every class, got {config.validation}, which "
+            f"leaves none of the classes {missing.tolist()}"
+        )
+    epochs = tasks * config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes)
+    first = jax.process_index() == 0
+
+    def interrupt(*_: Any) -> None:
+        print("\nstopping after this epoch; again, at once", file=sys.stderr)
+        training.stop.set()
+        signal.signal(signal.SIGINT, before)
+
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(report.folder(config, resume=config.resume))
+        sync_global_devices("the folder is ready")
+        started = json.loads((config.out / "config.json").read_text())["started"]
+        bar = stack.enter_context(tqdm(total=epochs, unit="epoch", disable=not first))
+        before = signal.signal(signal.SIGINT, interrupt)
         try:
-            options.open_folder(parser, args)
-        except OSError as error:
-            parser.error(report.cannot_write(args.out, error))
-    sync_global_devices("the folder is ready")
+            yield functools.partial(training.train, config, bar=bar, started=started)
+        except KeyboardInterrupt:
+            message = f"stopped; {config.out} has the results so far, and --resume goes on"
+            print(f"\n{message}", file=sys.stderr)
+            raise SystemExit(130) from None
+        finally:
+            signal.signal(signal.SIGINT, before)
+    if first:
+        print((config.out / "table.md").read_text(encoding="utf-8"))
 
 
 def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:
@@ -103,173 +261,104 @@ def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:
 
 
 def compare(
-    args: argparse.Namespace,
+    config: Config,
     name: str,
-    loss: Callable[..., jax.Array],
-    source: Source,
-    bar: tqdm,
+    task: Task,
+    draw: Draw,
+    train: Train,
     *,
-    normalized: bool = False,
     choose: Callable[[dict[Setting, np.ndarray]], Setting] = most_accurate,
 ) -> list[Result]:
-    """The loss with SGD, ABSGD, and ABSGD's automatic λ, each as the validation split chose.
+    """A loss with SGD, ABSGD, and ABSGD's automatic λ, each as the validation split chose.
 
-    ``loss`` is a function of logits, labels, class counts and whether the second stage has begun;
     ``choose`` takes the class accuracies of every setting.
     """
-    common = {"bar": bar, "loss": loss, "source": source, "normalized": normalized}
-    grids, scores = search_grids(args), {}
+    grids, scores = search_grids(config), {}
     if any(len(grid) > 1 for grid in grids):
         settings = [setting for grid in grids for setting in grid]
-        seeds = range(SEARCH_SEED, SEARCH_SEED + args.search_seeds)
-        searched = train(args, f"{name}-search", settings, seeds, search=True, **common)
+        seeds = range(SEARCH_SEED, SEARCH_SEED + config.search_seeds)
+        searched = train_each(config, f"{name}-search", task, settings, seeds, draw, train)
         scores = {s: t.history["accuracy"][-1].mean(axis=0) for s, t in searched.items()}
-    unknown = np.full(source.classes, np.nan)
+    unknown = np.full(task.classes, np.nan)
     validation = [{s: scores.get(s, unknown) for s in grid} for grid in grids]
     chosen = [choose(grid) if len(grid) > 1 else next(iter(grid)) for grid in validation]
-    final = train(args, f"{name}-final", chosen, range(args.seeds), search=False, **common)
+    seeds = range(config.seeds)
+    final = train_each(config, f"{name}-final", task, chosen, seeds, draw, train)
     return [Result(name, s, grid, final[s]) for s, grid in zip(chosen, validation, strict=True)]
 
 
-def train(
-    args: argparse.Namespace,
-    name: str,
-    settings: list[Setting],
-    seeds: range,
-    *,
-    bar: tqdm,
-    **kind: Any,
-) -> dict[Setting, Trained]:
-    """Trains each setting with each seed; ``kind`` are the other arguments of ``prepare``."""
-    found = {}
-    for ending, group in programs(settings).items():
-        task, runs = prepare(args, group, seeds, **kind)
-        history, losses = training.train(args, name + ending, task, runs, bar)
-        for i, setting in enumerate(group):
-            rows = slice(i * len(seeds), (i + 1) * len(seeds))
-            of_setting = jax.tree.map(lambda x, rows=rows: x[:, rows], history)
-            found[setting] = Trained(of_setting, losses[rows])
-    return found
+def search_grids(config: Config) -> list[list[Setting]]:
+    """The settings of SGD, those of ABSGD, and those of its automatic λ."""
+    sgd, absgd = (
+        [Setting(lam, rate, config.gamma) for lam in grid for rate in config.learning_rates]
+        for grid in ([SGD], config.temperatures)
+    )
+    return [sgd, *programs(absgd).values()]
+
+
+def sizes(config: Config) -> list[int]:
+    """How many runs each program of a comparison has."""
+    grids = search_grids(config)
+    searched = [setting for grid in grids for setting in grid] if max(map(len, grids)) > 1 else []
+    phases = (searched, config.search_seeds), ([grid[0] for grid in grids], config.seeds)
+    return [len(group) * k for settings, k in phases for group in programs(settings).values()]
 
 
 def programs(settings: list[Setting]) -> dict[str, list[Setting]]:
     """The settings that are one program each, by what its name ends in."""
     groups = {
-        ending: [s for s in settings if options.is_automatic(s.stages) == automatic]
+        ending: [s for s in settings if is_automatic(s.temperature) == automatic]
         for ending, automatic in (("", False), ("-automatic", True))
     }
     return {ending: group for ending, group in groups.items() if group}
 
 
-def prepare(
-    args: argparse.Namespace,
+def train_each(
+    config: Config,
+    name: str,
+    task: Task,
     settings: list[Setting],
     seeds: range,
-    *,
-    search: bool,
-    loss: Callable[..., jax.Array],
-    source: Source,
-    normalized: bool,
-) -> tuple[Task, list[Run]]:
-    """The task, and its runs: each setting with each seed."""
-    examples = [source.examples(seed, search) for seed in seeds]
-    counts = class_counts(examples[0][0].label, source.classes)
-    task = Task(
-        source.images,
-        lambda logits, labels, late: loss(logits, labels, counts, late),
-        source.classes,
-        source.groups,
-        normalized,
-    )
-    runs = [
-        make_run(args, setting, seed, *pair)
-        for setting in settings
-        for seed, pair in zip(seeds, examples, strict=True)
-    ]
-    return task, runs
+    draw: Draw,
+    train: Train,
+) -> dict[Setting, Trained]:
+    """Trains each setting with each seed; those from SEARCH_SEED on are of the search."""
+    found = {}
+    for ending, group in programs(settings).items():
+        history, losses = train(name + ending, task, make_runs(config, task, group, seeds, draw))
+        for i, setting in enumerate(group):
+            rows = slice(i * len(seeds), (i + 1) * len(seeds))
+            found[setting] = Trained({k: x[:, rows] for k, x in history.items()}, losses[rows])
+    return found
 
 
-def on_device(args: argparse.Namespace, train: Split, test: Split) -> Images:
-    """The images of both splits, those of the training split first."""
-    pixels = np.concatenate([train.images, test.images])
-    if args.model == "resnet32":
-        missing = [max(32 - size, 0) for size in pixels.shape[1:3]]
-        margins = [(n // 2, n - n // 2) for n in missing]
-        pixels = np.pad(pixels, [(0, 0), *margins, (0, 0)])
-    mean, std = (np.float32(f(train.images, axis=(0, 1, 2))) for f in (np.mean, np.std))
-    return jax.device_put(Images(pixels, mean, std), training.sharding(args))
-
-
-@contextlib.contextmanager
-def progress(args: argparse.Namespace, tasks: int, sizes: list[int]) -> Iterator[tqdm]:
-    """A bar over all epochs; afterwards the run is marked as finished.
-
-    ``sizes`` are how many runs each program of a task has.
-    """
-    epochs = args.epochs * sum(math.ceil(size / args.at_once) for size in sizes)
-
-    def interrupt(*_: Any) -> None:
-        print("\nstopping after this epoch; again, at once", file=sys.stderr)
-        training.stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        hidden = jax.process_index() > 0
-        with tqdm(total=tasks * epochs, unit="epoch", disable=hidden) as bar:
-            yield bar
-        if jax.process_index() == 0:
-            path = args.out / "config.json"
-            report.save(path, json.loads(path.read_text()) | {"finished": True})
-    except KeyboardInterrupt:
-        print(
-            f"\nstopped; {args.out} has the results so far, and --resume goes on", file=sys.stderr
-        )
-        raise SystemExit(130) from None
-    except OSError as error:
-        raise SystemExit(
-            f"\n{report.cannot_write(args.out, error)}; --resume goes on from the last checkpoint"
-        ) from None
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if jax.process_index() == 0:
-        print((args.out / "table.md").read_text())
-
-
-def sizes(args: argparse.Namespace) -> list[int]:
-    """How many runs each program of a comparison has."""
-    grids = search_grids(args)
-    searched = [setting for grid in grids for setting in grid] if max(map(len, grids)) > 1 else []
-    phases = (searched, args.search_seeds), ([grid[0] for grid in grids], args.seeds)
-    return [len(group) * k for settings, k in phases for group in programs(settings).values()]
-
-
-def search_grids(args: argparse.Namespace) -> list[list[Setting]]:
-    """The settings of SGD, those of ABSGD, and those of its automatic λ."""
-    sgd, absgd = (
-        [Setting(stages, rate, args.gamma) for stages in grid for rate in args.learning_rates]
-        for grid in ([()], args.temperatures)
-    )
-    return [sgd, *programs(absgd).values()]
-
-
-def make_run(
-    args: argparse.Namespace, setting: Setting, seed: int, train: Examples, evaluation: Examples
-) -> Run:
+def make_runs(
+    config: Config, task: Task, settings: list[Setting], seeds: range, draw: Draw
+) -> list[Run]:
+    """Each setting with each seed."""
+    drawn = {seed: draw(seed, seed >= SEARCH_SEED) for seed in seeds}
     # All runs of a program have as many stages: an infinite λ from the start changes nothing.
-    padding = max(map(len, args.temperatures)) - len(setting.stages)
-    stages = [options.Stage(0.0, np.inf)] * padding + list(setting.stages)
-    starts, temperatures, ess = zip(*stages, strict=True)
-    return Run(
-        seed=np.int32(seed),
-        learning_rate=np.float32(setting.learning_rate),
-        gamma=np.float32(setting.gamma),
-        temperatures=np.float32(temperatures),
-        starts=np.int32([round(s * args.epochs) for s in starts]),
-        ess=np.float32(ess[-1]) if options.is_automatic(setting.stages) else None,
-        train=train,
-        evaluation=evaluation,
-    )
+    most = max(len(stages(lam)) for lam in config.temperatures)
+    runs = []
+    for setting in settings:
+        automatic = is_automatic(setting.temperature)
+        pairs = stages(setting.temperature)
+        starts, values = zip(*[(0.0, math.inf)] * (most - len(pairs)), *pairs, strict=True)
+        runs += [
+            Run(
+                seed=np.int32(seed),
+                learning_rate=np.float32(setting.learning_rate),
+                gamma=np.float32(setting.gamma),
+                temperatures=np.float32(np.copysign(np.inf, values) if automatic else values),
+                starts=np.int32([round(start * config.epochs) for start in starts]),
+                ess=np.float32(abs(values[-1])) if automatic else None,
+                train=train,
+                evaluation=evaluation,
+                class_counts=class_counts(train.label, task.classes),
+            )
+            for seed, (train, evaluation) in drawn.items()
+        ]
+    return runs
 
 
 def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
@@ -287,11 +376,10 @@ def record(result: Result) -> dict[str, Any]:
     """What is written of a result: what is needed to draw and to compare it again."""
     history = result.trained.history
     return {
-        "stages": result.setting.stages,
-        "learning_rate": result.setting.learning_rate,
+        "setting": result.setting._asdict(),
         "validation": [
-            {"stages": s.stages, "learning_rate": s.learning_rate, "class_accuracy": 100 * scores}
-            for s, scores in result.validation.items()
+            {**setting._asdict(), "class_accuracy": 100 * scores}
+            for setting, scores in result.validation.items()
         ],
         "diverged": diverged(result.trained),
         "class_accuracy": result.accuracy[-1],  # [seeds, classes]

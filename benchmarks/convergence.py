@@ -12,104 +12,138 @@ u is the batch's own mean of exp(l / λ), the weights of a batch always sum to 1
 ends at another point, the further away the smaller the batch.
 """
 
-import argparse
+import dataclasses
+import functools
 import itertools
 import pathlib
-from typing import Any
+from collections.abc import Iterator
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
 import optax
+import scipy.optimize
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from absgd_jax import absgd, robust_loss, tilt
 from benchmarks import report
+from benchmarks.config import ABOVE_0, fail, FINITE_TEMPERATURE, FROM_1, FROM_2, POSITIVE, read
+from benchmarks.config import Config as BaseConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 CLASSES = 10
+DIVERGED = 10  # so many times as far from the solution as where it began is a run that did
+
+Data = tuple[jax.Array, jax.Array]  # images [N, 65], whose last pixel is 1 for a bias; labels [N]
 
 
-def per_example(w: jax.Array, images: jax.Array, labels: jax.Array) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(images @ w, labels)
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """What to run, and for how long."""
+
+    out: pathlib.Path = pathlib.Path("out/convergence")  # folder to write to
+    seeds: Annotated[int, FROM_2] = 5  # number of seeds, 2 or more
+    temperatures: Annotated[tuple[float, ...], FINITE_TEMPERATURE] = (0.5, -1.5)  # λ
+    batch_sizes: Annotated[tuple[int, ...], FROM_1] = (8, 32)  # examples a step, n
+    steps: Annotated[tuple[int, ...], FROM_1] = (1_000, 10_000, 100_000)  # lengths of runs
+    gamma: Annotated[float, ABOVE_0] = 0.1  # beside which 1, no average, is run
+    learning_rate: Annotated[float, POSITIVE] = 0.05  # peak, after a warm-up; then a cosine
+    weight_decay: Annotated[float, POSITIVE] = 1e-2  # L2 coefficient, μ
 
 
-def stationary_point(objective, shape: tuple[int, int]) -> jax.Array:
-    """Newton's method, from where gradient descent has come."""
-    grad = jax.jit(jax.grad(lambda w: objective(w.reshape(shape))))
-    hessian = jax.jit(jax.hessian(lambda w: objective(w.reshape(shape))))
-    w = jax.lax.fori_loop(0, 2000, lambda _, w: w - 0.5 * grad(w), jnp.zeros(np.prod(shape)))
+def losses(w: jax.Array, data: Data) -> jax.Array:
+    images, labels = data
+    logits = images @ w.reshape(-1, CLASSES)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+@jax.jit
+def objective(w: jax.Array, temperature: float, weight_decay: float, data: Data) -> jax.Array:
+    return robust_loss(losses(w, data), temperature) + weight_decay / 2 * jnp.sum(w**2)
+
+
+gradient, hessian = jax.jit(jax.grad(objective)), jax.jit(jax.hessian(objective))
+
+
+@jax.jit
+def hessian_product(w: jax.Array, vector: jax.Array, *args: Any) -> jax.Array:
+    return jax.jvp(lambda w: gradient(w, *args), (w,), (vector,))[1]
+
+
+def stationary_point(temperature: float, weight_decay: float, data: Data) -> jax.Array:
+    """By Newton's method: in a region of trust, then in whole steps."""
+    w, args = np.zeros(data[0].shape[1] * CLASSES), (temperature, weight_decay, data)
+    w = scipy.optimize.minimize(
+        *(objective, w, args, "trust-krylov", gradient),
+        hessp=hessian_product,
+        options={"maxiter": 1000},
+    ).x
     for _ in range(5):
-        w -= jnp.linalg.solve(hessian(w), grad(w))
-    if not jnp.abs(grad(w)).max() < 1e-12:
-        raise RuntimeError(f"Newton's method stopped at a gradient of {jnp.abs(grad(w)).max()}")
-    return w.reshape(shape)
+        if jnp.abs(gradient(w, *args)).max() < 1e-12:
+            return jnp.asarray(w)
+        w -= jnp.linalg.solve(hessian(w, *args), gradient(w, *args))
+    fail(
+        f"--temperatures {temperature:g} can't be solved to the last digit at --weight-decay "
+        f"{weight_decay:g}: name a λ further from 0, or more weight decay"
+    )
 
 
-def make_training(args: argparse.Namespace, images, labels, temperature: float, n: int, steps: int):
-    """Function ``train(gamma, key) -> w``: the last iterate of ABSGD on random batches of n."""
+@functools.partial(jax.jit, static_argnames=("config", "n", "steps"))
+def train(
+    config: Config, n: int, steps: int, data: Data, temperature: float, gamma: Any, key: jax.Array
+) -> jax.Array:
+    """The last iterate of ABSGD on random batches of n."""
+    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
+    tx = absgd(rate, temperature, weight_decay=config.weight_decay, gamma=gamma, debias=True)
 
-    def train(gamma, key):
-        tx = absgd(
-            optax.warmup_cosine_decay_schedule(0.0, args.learning_rate, steps // 10, steps),
-            temperature,
-            weight_decay=args.weight_decay,
-            gamma=gamma,
-            debias=True,
-        )
+    def step(carry, key):
+        w, opt_state = carry
+        chosen = jax.random.randint(key, (n,), 0, len(data[1]))
+        batch = jax.tree.map(lambda x: x[chosen], data)
+        loss, grads = jax.value_and_grad(lambda w: tilt(losses(w, batch), opt_state).mean())(w)
+        updates, opt_state = tx.update(grads, opt_state, w, value=loss)
+        return (optax.apply_updates(w, updates), opt_state), None
 
-        def step(carry, key):
-            w, opt_state = carry
-            batch = jax.random.randint(key, (n,), 0, len(labels))
-
-            def loss_fn(w):
-                return tilt(per_example(w, images[batch], labels[batch]), opt_state).mean()
-
-            loss, grads = jax.value_and_grad(loss_fn)(w)
-            updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-            return (optax.apply_updates(w, updates), opt_state), None
-
-        w = jnp.zeros((images.shape[1], CLASSES))
-        (w, _), _ = jax.lax.scan(step, (w, tx.init(w)), jax.random.split(key, steps))
-        return w
-
-    return train
+    w = jnp.zeros(data[0].shape[1] * CLASSES)
+    return jax.lax.scan(step, (w, tx.init(w)), jax.random.split(key, steps))[0][0]
 
 
 def run(
-    args: argparse.Namespace, images, labels, temperature: float, bar: tqdm
-) -> list[dict[str, Any]]:
-    """A record for every batch size, number of steps and γ."""
-
-    def objective(w):
-        losses = per_example(w, images, labels)
-        return robust_loss(losses, temperature) + args.weight_decay / 2 * jnp.sum(w**2)
-
-    solution = stationary_point(objective, (images.shape[1], CLASSES))
-    gammas, keys = (1.0, args.gamma), jax.random.split(jax.random.key(0), args.seeds)
-    records = []
-    for n, steps in itertools.product(args.batch_sizes, args.steps):
-        train = jax.vmap(make_training(args, images, labels, temperature, n, steps), (None, 0))
-        ends = jax.jit(jax.vmap(train, (0, None)))(jnp.array(gammas), keys)
-        for gamma, w in zip(gammas, ends, strict=True):
-            gap = jnp.abs(jax.vmap(objective)(w) / objective(solution) - 1)
-            distance = jnp.linalg.norm(w - solution, axis=(1, 2)) / jnp.linalg.norm(solution)
-            setting = {"temperature": temperature, "n": n, "steps": steps, "gamma": gamma}
-            records.append(setting | {"gap": gap, "distance": distance})
-        bar.update()
-    return records
+    config: Config, data: Data, temperature: float, solution: jax.Array, n: int, steps: int
+) -> Iterator[dict[str, Any]]:
+    """A record for each γ."""
+    runs = jax.vmap(functools.partial(train, config, n, steps, data, temperature), (None, 0))
+    gammas, keys = (1.0, config.gamma), jax.random.split(jax.random.key(0), config.seeds)
+    for gamma, w in zip(gammas, jax.vmap(runs, (0, None))(jnp.array(gammas), keys), strict=True):
+        value = [objective(x, temperature, config.weight_decay, data) for x in (solution, *w)]
+        gap = np.abs(np.divide(value[1:], value[0]) - 1)
+        distance = np.linalg.norm(w - solution, axis=1) / np.linalg.norm(solution)
+        setting = {"temperature": temperature, "n": n, "steps": steps, "gamma": gamma}
+        diverged = np.sum(~(distance < DIVERGED))
+        yield setting | {"gap": gap, "distance": distance, "diverged": diverged}
 
 
-def plot(args: argparse.Namespace, records: list[dict[str, Any]], path: pathlib.Path) -> None:
+def table(records: list[dict[str, Any]]) -> str:
+    rows = [("λ", "n", "steps", "γ", "gap of f", "distance of w", "diverged")]
+    for r in records:
+        setting = (f"{r[k]:g}" for k in ("temperature", "n", "steps", "gamma"))
+        figures = (report.mean_std(r[k], ".1e") for k in ("gap", "distance"))
+        rows.append((*setting, *figures, f"{r['diverged']} of {len(r['gap'])}"))
+    return report.markdown(rows)
+
+
+def plot(config: Config, records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    columns = len(config.temperatures)
     figure, panels = plt.subplots(
-        1, len(args.temperatures), figsize=(11, 4.5), sharey=True, layout="constrained"
+        1, columns, figsize=(11, 4.5), sharey=True, squeeze=False, layout="constrained"
     )
-    for axes, temperature in zip(np.atleast_1d(panels), args.temperatures, strict=True):
-        for (i, n), gamma in itertools.product(enumerate(args.batch_sizes), (1.0, args.gamma)):
+    for axes, temperature in zip(panels[0], config.temperatures, strict=True):
+        for (i, n), gamma in itertools.product(enumerate(config.batch_sizes), (1.0, config.gamma)):
             line = [
                 (r["steps"], r["gap"].mean())
                 for r in records
@@ -117,56 +151,34 @@ def plot(args: argparse.Namespace, records: list[dict[str, Any]], path: pathlib.
             ]
             style = {"ls": "--", "mfc": "white"} if gamma == 1 else {"ls": "-"}
             label = f"n = {n}, " + ("no average" if gamma == 1 else f"γ = {gamma:g}")
-            axes.plot(*zip(*line, strict=True), marker="o", color=f"C{i}", label=label, **style)
-        axes.set(xscale="log", yscale="log", xlabel="steps", title=f"λ = {temperature:g}")
+            axes.loglog(*zip(*line, strict=True), marker="o", color=f"C{i}", label=label, **style)
+        axes.set(xlabel="steps", title=f"λ = {temperature:g}")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    np.atleast_1d(panels)[0].set_ylabel("|f(w) - f(w*)| / |f(w*)|")
+    panels[0, 0].set_ylabel("|f(w) - f(w*)| / |f(w*)|")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main() -> None:
-    parser = report.make_parser(__doc__, seeds=5, out="out/convergence")
-    add = parser.add_argument
-    add(
-        "--temperatures",
-        type=report.number(float, lambda x: 0 < abs(x) < np.inf, "be a finite λ other than 0"),
-        nargs="+",
-        default=[0.5, -1.5],
-        help="λ",
-    )
-    size = report.whole_number(1)
-    add("--batch-sizes", type=size, nargs="+", default=[8, 32], help="n")
-    add("--steps", type=size, nargs="+", default=[1_000, 10_000, 100_000], help="lengths of runs")
-    add("--gamma", type=report.above_zero, default=0.1, help="beside which 1, no average, is run")
-    add(
-        "--learning-rate",
-        type=report.positive,
-        default=0.05,
-        help="peak, after a warm-up; then a cosine",
-    )
-    add("--weight-decay", type=report.positive, default=1e-2, help="μ")
-    args = parser.parse_args()
-    report.make_folder(parser, args.out)
+    config = read(Config, __doc__)
     jax.config.update("jax_enable_x64", True)
-
     images, labels = load_digits(return_X_y=True)
-    images = jnp.asarray(np.pad(images / 16, ((0, 0), (0, 1)), constant_values=1))  # and a bias
-    labels = jnp.asarray(labels)
-    total = len(args.temperatures) * len(args.batch_sizes) * len(args.steps)
-    with tqdm(total=total, unit="setting") as bar:
-        records = [r for t in args.temperatures for r in run(args, images, labels, t, bar)]
-
-    rows = [("λ", "n", "steps", "γ", "gap of f", "distance of w")]
-    for r in records:
-        setting = (f"{r[k]:g}" for k in ("temperature", "n", "steps", "gamma"))
-        rows.append((*setting, *(report.mean_std(r[k], ".1e") for k in ("gap", "distance"))))
-    report.save(args.out / "config.json", report.describe(args))
-    report.write(args, {f"setting {i}": r for i, r in enumerate(records)}, rows)
-    plot(args, records, args.out / "convergence.png")
-    print((args.out / "table.md").read_text())
+    images = np.pad(images / 16, ((0, 0), (0, 1)), constant_values=1)
+    data = jnp.asarray(images), jnp.asarray(labels)
+    solutions = {t: stationary_point(t, config.weight_decay, data) for t in config.temperatures}
+    settings = list(itertools.product(solutions.items(), config.batch_sizes, config.steps))
+    with report.folder(config):
+        records = [
+            r
+            for (temperature, solution), n, steps in tqdm(settings, unit="setting")
+            for r in run(config, data, temperature, solution, n, steps)
+        ]
+        text = table(records)
+        report.write(config.out, {f"setting {i}": r for i, r in enumerate(records)}, text)
+        plot(config, records, config.out / "convergence.png")
+    print(text)
 
 
 if __name__ == "__main__":

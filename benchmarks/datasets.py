@@ -55,8 +55,25 @@ def load(name: str, data_dir: pathlib.Path | None = None) -> tuple[Split, Split]
         raise FileNotFoundError(f"{error}; {SOURCES[name]}.") from None
 
 
+def check(train: Split, test: Split) -> None:
+    """Raises an error unless the splits have images of one size, and the same classes."""
+    sizes = [split.images.shape[1:] for split in (train, test)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"The images must have one size, got {sizes[0]} and {sizes[1]} to test.")
+    classes = [np.unique(split.labels).tolist() for split in (train, test)]
+    if (
+        classes[0] != classes[1]
+        or len(classes[0]) < 2
+        or classes[0] != list(range(len(classes[0])))
+    ):
+        raise ValueError(
+            "The labels of both splits must be 0, 1 and so on, and two at least, got "
+            f"{classes[0]} and {classes[1]} to test."
+        )
+
+
 def _find(folder: pathlib.Path, pattern: str) -> pathlib.Path:
-    files = sorted(folder.glob(pattern))
+    files = sorted(path for path in folder.glob(pattern) if path.is_file())
     if len(files) != 1:
         found = "several: " + ", ".join(f.name for f in files) if files else "none"
         raise FileNotFoundError(

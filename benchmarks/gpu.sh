@@ -4,13 +4,14 @@
 #
 #     bash benchmarks/gpu.sh [folder of the four IDX files]
 #
-# From a clone, with jax[cuda], flax, optax, matplotlib, scikit-learn and tqdm installed. The Python
-# of TORCH_PYTHON, python3 if not set, has the extra `reference`. Killed, it goes on where it was.
+# From a clone, with jax[cuda] and the extra `bench` installed. The Python of TORCH_PYTHON, python3 if
+# not set, has the extra `reference`. Killed, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -e benchmarks/results/speed-gpu/growth.png ]; then
   python3 -m benchmarks.speed --torch-python "${TORCH_PYTHON:-python3}" \
-    --losses 1024 32768 1048576 33554432 134217728 --parameters 1e5 1e6 1e7 1e8 1e9 \
+    --losses 1024 32768 1048576 33554432 134217728 \
+    --parameters 100000 1000000 10000000 100000000 1000000000 \
     --out benchmarks/results/speed-gpu
 fi
 for imbalance in 0.01 0.1; do

@@ -7,10 +7,11 @@ loss are those with the best accuracy on a validation split, held out of the tra
 seeds; what is reported is the final epoch on the test split. Accuracies are means over classes.
 """
 
-import argparse
+import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,10 @@ from matplotlib.axes import Axes
 
 from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
-from benchmarks import comparison, options, report
-from benchmarks.comparison import Result, Setting
-from benchmarks.training import Examples
+from benchmarks import comparison, report
+from benchmarks.comparison import Draw, Result, Setting
+from benchmarks.config import ABOVE_0, FROM_2, NOT_NEGATIVE
+from benchmarks.training import Examples, Task
 
 RARE = 0.3  # share of the classes that are "few", and "many"
 
@@ -50,13 +52,23 @@ LOSSES = {
 }
 
 
-def make_examples(
-    train: np.ndarray, test: np.ndarray, imbalance: float, validation: float
-) -> Callable[[int, bool], tuple[Examples, Examples]]:
+@dataclasses.dataclass(frozen=True)
+class Config(comparison.Config):
+    """Long-tailed data."""
+
+    out: pathlib.Path = pathlib.Path("out/longtail")  # folder to write to
+    methods: tuple[Literal[*LOSSES], ...] = ("cross_entropy", "balanced_softmax")  # losses
+    seeds: Annotated[int, FROM_2] = 10  # number of seeds that are reported
+    imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
+    # points of validation accuracy that a choice may cost, for more on the rare classes
+    give: Annotated[float, NOT_NEGATIVE] = 0.0
+
+
+def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation: float) -> Draw:
     """Long-tailed splits of the labels; a label is its class's rank, 0 having the most images."""
     classes = train.max() + 1
 
-    def examples(seed: int, search: bool) -> tuple[Examples, Examples]:
+    def draw(seed: int, search: bool) -> tuple[Examples, Examples]:
         rng = np.random.default_rng(seed)
         labels = rng.permutation(classes)[np.concatenate([train, test])].astype(np.int32)
         pool, held_out = np.split(np.arange(len(labels)), [len(train)])
@@ -69,13 +81,14 @@ def make_examples(
         kept = pool[long_tailed_indices(labels[pool], imbalance, seed=rng)]
         return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out))
 
-    return examples
+    return draw
 
 
 def groups(classes: int) -> dict[str, slice]:
-    """Classes by rank."""
+    """Classes by rank; of two none is in the middle."""
     few = round(RARE * classes)
-    return {"many": slice(0, few), "medium": slice(few, -few), "few": slice(-few, None)}
+    parts = {"many": slice(0, few), "medium": slice(few, classes - few)}
+    return {k: s for k, s in parts.items() if s.start < s.stop} | {"few": slice(-few, None)}
 
 
 def choose(grid: dict[Setting, np.ndarray], give: float) -> Setting:
@@ -86,12 +99,11 @@ def choose(grid: dict[Setting, np.ndarray], give: float) -> Setting:
 
 
 def table(results: list[Result]) -> list[tuple[str, ...]]:
-    parts = ("many", "medium", "few")
+    parts = groups(results[0].accuracy.shape[2])
     rows = [("loss", "λ", "rate", "accuracy", *parts, "worst class", "ESS", "diverged")]
     for r in results:
         final = r.accuracy[-1]
-        columns = [final, *(final[:, part] for part in groups(final.shape[1]).values())]
-        means = [column.mean(axis=1) for column in columns]
+        means = [final[:, part].mean(axis=1) for part in (slice(None), *parts.values())]
         rows.append((r.loss, *comparison.row(r, [*means, final.min(axis=1)])))
     return rows
 
@@ -115,62 +127,37 @@ def draw_classes(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     axes.plot(result.accuracy[-1].mean(axis=0), color="C0", **{"marker": ".", **style})
 
 
-def write(args: argparse.Namespace, results: list[Result]) -> None:
+def write(config: Config, results: list[Result]) -> None:
     records = {f"{r.loss} {r.optimizer}": comparison.record(r) for r in results}
-    report.write(args, records, table(results))
+    report.write(config.out, records, report.markdown(table(results)))
 
     panels = {r.loss: [q for q in results if q.loss == r.loss] for r in results}
     ranks, accuracy = "class, from the most images to the fewest", "test accuracy, %"
-    parts = {name: f"C{color}" for color, name in enumerate(groups(10))}
+    parts = {name: f"C{i}" for i, name in enumerate(groups(results[0].accuracy.shape[2]))}
     for name, draw, x, y, colors in (
         ("curves", draw_curves, "epoch", accuracy, {"all classes": "C0", "few": "C1"}),
         ("classes", draw_classes, ranks, accuracy, {}),
         ("mass", draw_mass, "epoch", "weight, %", parts),
     ):
-        comparison.plot(panels, draw, args.out / f"{name}.png", x=x, y=y, colors=colors)
-    comparison.plot_temperature(panels, args.out)
+        comparison.plot(panels, draw, config.out / f"{name}.png", x=x, y=y, colors=colors)
+    comparison.plot_temperature(panels, config.out)
 
 
 def main() -> None:
-    parser = options.make_parser(__doc__, LOSSES, seeds=10, out="out/longtail")
-    parser.set_defaults(methods=["cross_entropy", "balanced_softmax"])
-    add = parser.add_argument
-    add(
-        "--imbalance",
-        type=report.above_zero,
-        default=0.05,
-        help="images of the smallest class / largest",
-    )
-    add(
-        "--give",
-        type=report.not_negative,
-        default=0.0,
-        metavar="POINTS",
-        help="of validation accuracy that a choice may cost, for more on the rare classes",
-    )
-    args, train, test = options.parse(parser)
+    config = comparison.read(Config, __doc__)
+    train, test = comparison.load(config)
     classes = int(train.labels.max()) + 1
-    source = comparison.Source(
-        comparison.on_device(args, train, test),
-        classes,
-        classes,
-        make_examples(train.labels, test.labels, args.imbalance, args.validation),
-    )
-    comparison.begin(parser, args, source)
+    images = comparison.on_device(config, train, test)
+    draw = make_draw(train.labels, test.labels, config.imbalance, config.validation)
+    chosen = functools.partial(choose, give=config.give)
     results = []
-    with comparison.progress(args, len(args.methods), comparison.sizes(args)) as bar:
-        for name in args.methods:
-            results += comparison.compare(
-                args,
-                name,
-                LOSSES[name],
-                source,
-                bar,
-                normalized=name == "ldam_drw",
-                choose=functools.partial(choose, give=args.give),
-            )
+    sizes = comparison.sizes(config)
+    with comparison.session(config, draw, len(config.methods), sizes) as trainer:
+        for name in config.methods:
+            task = Task(images, classes, classes, LOSSES[name], normalized=name == "ldam_drw")
+            results += comparison.compare(config, name, task, draw, trainer, choose=chosen)
             if jax.process_index() == 0:
-                write(args, results)
+                write(config, results)
 
 
 if __name__ == "__main__":

@@ -19,66 +19,52 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.steps import Batch, MOMENTUM, RATE, State, Work
+from benchmarks.steps import Batch, make_state, MOMENTUM, RATE, State, Step, Work
 
 META_RATE, HIDDEN = 1e-3, 100  # of V
 
-Losses = Callable[[Any, Batch], jax.Array]  # of the parameters, and a batch
-Weights = Callable[[jax.Array], jax.Array]  # of the losses
+Losses = Callable[[Any], jax.Array]  # of the training batch at some parameters
+Loss = Callable[[Any], jax.Array]  # the mean of the clean batch
+Weights = Callable[[jax.Array], jax.Array]  # of losses
 
 
-def look_ahead(losses: Losses, params: Any, batch: Batch, weights: Weights) -> Any:
+def weighted(losses: jax.Array, weights: Weights) -> jax.Array:
+    return jnp.sum(weights(jax.lax.stop_gradient(losses)) * losses)
+
+
+def look_ahead(train: Losses, params: Any, weights: Weights) -> Any:
     """The parameters after a step of plain SGD."""
-
-    def loss_fn(params):
-        each = losses(params, batch)
-        return jnp.sum(weights(jax.lax.stop_gradient(each)) * each)
-
-    return jax.tree.map(lambda p, g: p - RATE * g, params, jax.grad(loss_fn)(params))
+    grads = jax.grad(lambda params: weighted(train(params), weights))(params)
+    return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
 
 
-def l2rw(
-    losses: Losses, params: Any, theta: None, train: Batch, clean: Batch
-) -> tuple[Weights, None]:
+def l2rw(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
     """Learning to reweight as published: backwards through the step."""
-
-    def clean_loss(eps):
-        return losses(look_ahead(losses, params, train, lambda _: eps), clean).mean()
-
-    shape = jax.eval_shape(losses, params, train)
-    weights = normalized(-jax.grad(clean_loss)(jnp.zeros(shape.shape, shape.dtype)))
-    return lambda _: weights, theta
+    eps = jnp.zeros_like(jax.eval_shape(train, params))
+    slope = jax.grad(lambda eps: clean(look_ahead(train, params, lambda _: eps)))(eps)
+    return normalized(-slope), theta
 
 
-def l2rw_forward(
-    losses: Losses, params: Any, theta: None, train: Batch, clean: Batch
-) -> tuple[Weights, None]:
+def l2rw_forward(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
     """The same weights at the least cost: at ε = 0 it is α ∇l_i · ∇L, a derivative in forward mode.
 
     Nobody has published this, that we know of; it is here so that the comparison is with the best.
     """
-    slope = jax.grad(lambda params: losses(params, clean).mean())(params)
-    _, gain = jax.jvp(lambda params: losses(params, train), (params,), (slope,))
-    weights = normalized(gain)
-    return lambda _: weights, theta
+    return normalized(jax.jvp(train, (params,), (jax.grad(clean)(params),))[1]), theta
 
 
-def normalized(gain: jax.Array) -> jax.Array:
+def normalized(gain: jax.Array) -> Weights:
     positive = jnp.maximum(gain, 0)
     total = jnp.sum(positive)
-    return positive / jnp.where(total > 0, total, 1)
+    return lambda _: positive / jnp.where(total > 0, total, 1)
 
 
-def meta_weight_net(
-    losses: Losses, params: Any, theta: dict[str, jax.Array], train: Batch, clean: Batch
-) -> tuple[Weights, dict[str, jax.Array]]:
+def meta_weight_net(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
     def weights(theta):
-        return lambda each: weight_net(theta, each) / each.size
+        return lambda losses: weight_net(theta, losses) / losses.size
 
-    def clean_loss(theta):
-        return losses(look_ahead(losses, params, train, weights(theta)), clean).mean()
-
-    theta = jax.tree.map(lambda t, g: t - META_RATE * g, theta, jax.grad(clean_loss)(theta))
+    slope = jax.grad(lambda theta: clean(look_ahead(train, params, weights(theta))))(theta)
+    theta = jax.tree.map(lambda t, g: t - META_RATE * g, theta, slope)
     return weights(theta), theta
 
 
@@ -98,29 +84,31 @@ def weight_net(theta: dict[str, jax.Array], losses: jax.Array) -> jax.Array:
     return jax.nn.sigmoid(hidden @ theta["w2"] + theta["b2"])[..., 0]
 
 
+# What each returns are the weights, and the new Θ.
 ALGORITHMS = {"l2rw": l2rw, "l2rw_forward": l2rw_forward, "meta_weight_net": meta_weight_net}
 
 
-def make_step(work: Work, name: str) -> tuple[State, Callable[[State, Batch, Batch], State]]:
-    """The initial state, and the step, which takes a clean batch, too."""
+def make_step(work: Work, name: str) -> tuple[Step, State, Batch, Batch]:
+    """As steps.make_step; the clean batch is one of its own, though its examples are the same."""
     tx = optax.sgd(RATE, MOMENTUM)
     theta = init_weight_net(jax.random.key(0)) if name == "meta_weight_net" else None
 
     def step(state, train, clean):
         params, other, (theta, opt_state), _ = state
-
-        def losses(params, batch):
-            return work.losses(params, other, batch)[0]
-
-        weights, theta = ALGORITHMS[name](losses, params, theta, train, clean)
+        weights, theta = ALGORITHMS[name](
+            lambda params: work.losses(params, other, train)[0],
+            lambda params: work.losses(params, other, clean)[0].mean(),
+            params,
+            theta,
+        )
 
         def loss_fn(params):
-            each, new = work.losses(params, other, train)
-            return jnp.sum(weights(jax.lax.stop_gradient(each)) * each), new
+            losses, new = work.losses(params, other, train)
+            return weighted(losses, weights), new
 
         (loss, other), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
         updates, opt_state = tx.update(grads, opt_state, params)
         return State(optax.apply_updates(params, updates), other, (theta, opt_state), loss)
 
-    opt_state = theta, tx.init(work.params)
-    return State(work.params, work.other, opt_state, jnp.zeros([])), step
+    state = make_state(work, (theta, tx.init(work.params)))
+    return step, state, work.examples, work.examples

@@ -8,9 +8,9 @@ data of other seeds; what is reported is the final epoch on the clean test split
 well the final weights of the training examples find the wrong labels.
 """
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import pathlib
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,10 @@ from sklearn.metrics import roc_auc_score
 
 from absgd_jax import losses
 from absgd_jax.data import flip_labels
-from benchmarks import comparison, options, report
-from benchmarks.comparison import Result
-from benchmarks.training import Examples
+from benchmarks import comparison, report
+from benchmarks.comparison import Draw, Result, TEMPERATURE
+from benchmarks.config import FROM_1, Must, POSITIVE
+from benchmarks.training import Examples, Task
 
 # Of logits z, labels y, class counts n and whether the second stage has begun.
 LOSSES = {
@@ -36,47 +37,67 @@ LOSSES = {
 }
 
 
-def parse_noise(text: str) -> tuple[str, float]:
+def is_noise(text: str) -> bool:
     kind, _, rate = text.partition(":")
     try:
-        if kind not in ("symmetric", "asymmetric") or not 0 < float(rate) < 1:
-            raise ValueError
+        return kind in ("symmetric", "asymmetric") and 0 < float(rate) < 1
     except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"must be symmetric or asymmetric and a share in (0, 1), such as symmetric:0.4, "
-            f"got {text}"
-        ) from None
-    return kind, float(rate)
+        return False
 
 
-def make_examples(
-    train: np.ndarray, test: np.ndarray, noise: tuple[str, float], size: int, validation: float
-) -> Callable[[int, bool], tuple[Examples, Examples]]:
+NOISE = Must("be symmetric or asymmetric and a share in (0, 1), such as symmetric:0.4", is_noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(comparison.Config):
+    """Noisy labels."""
+
+    out: pathlib.Path = pathlib.Path("out/noise")  # folder to write to
+    methods: tuple[Literal[*LOSSES], ...] = tuple(LOSSES)  # losses
+    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.03, 0.1, 0.3, 1.0)  # to choose from
+    # as in benchmarks.longtail
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+        *("-5", "-2", "-1"),
+        *("0.2:-1", "0.2:-0.5"),
+    )
+    # symmetric or asymmetric, and the share of wrong labels
+    noise: Annotated[tuple[str, ...], NOISE] = (
+        *("symmetric:0.2", "symmetric:0.4", "symmetric:0.6"),
+        "asymmetric:0.4",
+    )
+    examples: Annotated[int | None, FROM_1] = None  # training examples of a run; all, if not given
+
+
+def make_draw(
+    train: np.ndarray, test: np.ndarray, noise: str, size: int | None, validation: float
+) -> Draw:
     """Splits of the labels, in two groups: those that are right, and those that are not."""
-    kind, rate = noise
+    kind, _, rate = noise.partition(":")
     classes = train.max() + 1
 
-    def examples(seed: int, search: bool) -> tuple[Examples, Examples]:
+    def draw(seed: int, search: bool) -> tuple[Examples, Examples]:
         rng = np.random.default_rng(seed)
         index = rng.permutation(len(train))[:size].astype(np.int32)
-        labels, wrong = flip_labels(train[index], rate, kind=kind, num_classes=classes, seed=rng)
+        labels, wrong = flip_labels(
+            train[index], float(rate), kind=kind, num_classes=classes, seed=rng
+        )
         noisy = Examples(index, labels, wrong.astype(np.int32))
         if search:
-            held_out = round(validation * size)
+            held_out = round(validation * len(index))
             return Examples(*(x[held_out:] for x in noisy)), Examples(
                 *(x[:held_out] for x in noisy)
             )
         clean = np.arange(len(train), len(train) + len(test), dtype=np.int32)
         return noisy, Examples(clean, test, np.zeros_like(test))
 
-    return examples
+    return draw
 
 
-def auroc(result: Result, examples: Callable[[int, bool], tuple[Examples, Examples]]) -> np.ndarray:
+def auroc(result: Result, draw: Draw) -> np.ndarray:
     """Of finding the wrong labels, in percent, [seeds]."""
     # With λ < 0 the weights fall as the losses rise. A run that diverged finds nothing.
     scores = np.nan_to_num(result.trained.losses, nan=0.0)
-    wrong = [examples(seed, False)[0].group for seed in range(len(scores))]
+    wrong = [draw(seed, False)[0].group for seed in range(len(scores))]
     return 100 * np.array([roc_auc_score(w, s) for w, s in zip(wrong, scores, strict=True)])
 
 
@@ -90,22 +111,10 @@ def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     axes.plot(np.arange(1, len(mass) + 1), mass, color="C0", **style)
 
 
-def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -> None:
+def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
     """``results`` are pairs of a result and its AUROC, by noise and loss."""
-    rows = [
-        (
-            "noise",
-            "loss",
-            "λ",
-            "rate",
-            "accuracy",
-            "worst class",
-            "AUROC",
-            "weight on wrong labels, %",
-            "ESS",
-            "diverged",
-        )
-    ]
+    figures = "accuracy", "worst class", "AUROC", "weight on wrong labels, %"
+    rows = [("noise", "loss", "λ", "rate", *figures, "ESS", "diverged")]
     records = {}
     for key, pairs in results.items():
         for r, found in pairs:
@@ -114,57 +123,37 @@ def write(args: argparse.Namespace, results: dict[tuple[str, str], list[Any]]) -
             columns = [final.mean(axis=1), final.min(axis=1), found, wrong]
             rows.append((*key, *comparison.row(r, columns)))
             records[" ".join((*key, r.optimizer))] = comparison.record(r) | {"auroc": found}
-    report.write(args, records, rows)
+    report.write(config.out, records, report.markdown(rows))
     panels = {"\n".join(key): [r for r, _ in pairs] for key, pairs in results.items()}
     for name, draw, y in (
         ("curves", draw_curves, "test accuracy, %"),
         ("mass", draw_mass, "weight on wrong labels, %"),
     ):
-        comparison.plot(panels, draw, args.out / f"{name}.png", x="epoch", y=y, colors={})
-    comparison.plot_temperature(panels, args.out)
+        comparison.plot(panels, draw, config.out / f"{name}.png", x="epoch", y=y, colors={})
+    comparison.plot_temperature(panels, config.out)
 
 
 def main() -> None:
-    parser = options.make_parser(__doc__, LOSSES, seeds=5, out="out/noise")
-    parser.set_defaults(
-        learning_rates=[0.03, 0.1, 0.3, 1.0],
-        temperatures=[options.parse_stages(t) for t in ("-5", "-2", "-1", "0.2:-1", "0.2:-0.5")],
-    )
-    add = parser.add_argument
-    add(
-        "--noise",
-        type=parse_noise,
-        nargs="+",
-        default=[("symmetric", r) for r in (0.2, 0.4, 0.6)] + [("asymmetric", 0.4)],
-        metavar="KIND:RATE",
-        help="symmetric or asymmetric, and the share of wrong labels",
-    )
-    add(
-        "--examples",
-        type=report.whole_number(1),
-        help="training examples of a run; all, if not given",
-    )
-    args, train, test = options.parse(parser)
-    images = comparison.on_device(args, train, test)
+    config = comparison.read(Config, __doc__)
+    train, test = comparison.load(config)
     classes = int(train.labels.max()) + 1
-    size = min(args.examples or len(train.labels), len(train.labels))
-
-    sources = {}
-    for noise in args.noise:
-        examples = make_examples(train.labels, test.labels, noise, size, args.validation)
-        sources[noise] = comparison.Source(images, classes, 2, examples)
-    comparison.begin(parser, args, sources[args.noise[0]])
+    images = comparison.on_device(config, train, test)
+    draws = {
+        noise: make_draw(train.labels, test.labels, noise, config.examples, config.validation)
+        for noise in config.noise
+    }
     results = {}
-    tasks = len(args.noise) * len(args.methods)
-    with comparison.progress(args, tasks, comparison.sizes(args)) as bar:
-        for (kind, rate), source in sources.items():
-            for name in args.methods:
-                label = f"{kind}-{rate:g}-{name}"
-                compared = comparison.compare(args, label, LOSSES[name], source, bar)
-                pairs = [(r, auroc(r, source.examples)) for r in compared]
-                results[f"{kind} {rate:g}", name] = pairs
+    tasks, sizes = len(draws) * len(config.methods), comparison.sizes(config)
+    with comparison.session(config, draws[config.noise[0]], tasks, sizes) as trainer:
+        for noise, draw in draws.items():
+            for name in config.methods:
+                label = f"{noise.replace(':', '-')}-{name}"
+                task = Task(images, classes, 2, LOSSES[name])
+                compared = comparison.compare(config, label, task, draw, trainer)
+                pairs = [(r, auroc(r, draw)) for r in compared]
+                results[noise.replace(":", " "), name] = pairs
                 if jax.process_index() == 0:
-                    write(args, results)
+                    write(config, results)
 
 
 if __name__ == "__main__":

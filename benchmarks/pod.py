@@ -10,34 +10,44 @@ The figures are the compiler's, for one device and one step. A collective is "aw
 product or a convolution of the step depends on it: one between the forward and the backward pass.
 """
 
-import argparse
 import collections
+import dataclasses
 import itertools
 import math
 import os
 import pathlib
 import re
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
 from benchmarks import report, steps
-from benchmarks.steps import AXIS, Batch, FORMS, State, Work
+from benchmarks.config import Config as BaseConfig
+from benchmarks.config import fail, FROM_1, read
+from benchmarks.steps import FORMS, Work
 
-COLLECTIVES = {
-    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"),
-    *("all-reduce-start", "all-gather-start", "collective-permute-start"),
-}
+COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 PRODUCTS = {"dot", "convolution"}
 HEAD = (
     *("model", "topology", "devices", "step", "collectives", "bytes in them", "awaited"),
     *("memory, bytes", "FLOPs", "bytes accessed"),
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """What to compile, and for what."""
+
+    out: pathlib.Path = pathlib.Path("out/pod")  # folder to write to
+    models: tuple[Literal[*steps.MODELS], ...] = ("mlp", "resnet32")  # to compile
+    # as XLA names them
+    topologies: tuple[str, ...] = ("v5e:4x4", "v5e:16x16", "tpu7x:16x24x24")
+    # of ABSGD, beside SGD
+    forms: tuple[Literal[*FORMS], ...] = ("shard_map", "shard_map_automatic", "absgd")
+    batch_size: Annotated[int, FROM_1] = 128  # examples a device
 
 
 class Collective(NamedTuple):
@@ -67,9 +77,9 @@ def collectives(hlo: str) -> list[Collective]:
                 awaited |= before
                 multiplying.add(computation)
             here = set().union(*(held[c] for c in called))
-            if opcode in COLLECTIVES:
+            if (kind := opcode.removesuffix("-start")) in COLLECTIVES:
                 here.add(len(found))
-                found.append(Collective(opcode.removesuffix("-start"), size(shape), False))
+                found.append(Collective(kind, size(shape), False))
             held[computation] |= here
             depends[name] = before | here
     return [c._replace(awaited=i in awaited) for i, c in enumerate(found)]
@@ -84,23 +94,22 @@ def size(shape: str) -> int:
     )
 
 
-def prepare(work: Work, form: str, mesh: Mesh, rows: int) -> tuple[Any, State, Batch]:
+def shapes(tree: Any, sharding: Sharding) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def prepare(work: Work, form: str, mesh: Mesh, rows: int) -> tuple[Any, ...]:
     """The jitted step, and the shapes that it is called with: so many rows a device."""
-    state, step = steps.make_step(work, form, mesh)
-
-    def place(shape, dtype, spec):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-
-    state = jax.tree.map(lambda x: place(x.shape, x.dtype, P()), state)
-    batch = jax.tree.map(
-        lambda x: place((rows * mesh.size, *x.shape[1:]), x.dtype, P(AXIS)), work.examples
+    examples = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((rows * mesh.size, *x.shape[1:]), x.dtype), work.examples
     )
-    return jax.jit(step, donate_argnums=0), state, batch
+    made = steps.make_step(work._replace(examples=examples), form, mesh)
+    return steps.place(mesh, *made, put=shapes)
 
 
 def measure(work: Work, form: str, mesh: Mesh, rows: int) -> dict[str, Any]:
-    step, state, batch = prepare(work, form, mesh, rows)
-    compiled = step.lower(state, batch).compile()
+    step, *inputs = prepare(work, form, mesh, rows)
+    compiled = step.lower(*inputs).compile()
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         "collectives": [c._asdict() for c in collectives(compiled.as_text())],
@@ -129,20 +138,16 @@ def as_row(result: dict[str, Any], sgd: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", choices=steps.MODELS, default=["mlp", "resnet32"], help="to compile")
-    default = ["v5e:4x4", "v5e:16x16", "tpu7x:16x24x24"]
-    add("--topologies", nargs="+", default=default, metavar="NAME", help="as XLA names them")
-    default = ["shard_map", "shard_map_automatic", "absgd"]
-    add("--forms", nargs="+", choices=FORMS, default=default, help="of ABSGD, beside SGD")
-    add("--batch-size", type=report.whole_number(1), default=128, help="examples a device")
-    add("--out", type=pathlib.Path, default="out/pod", help="folder to write to")
-    args = parser.parse_args()
+def make_mesh(topology: str) -> Mesh:
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # of what kind depends on the version of libtpu
+        fail(f"--topologies must be known to the TPU's compiler, got {topology}: {error}")
+    return steps.make_mesh(devices)
 
+
+def main() -> None:
+    config = read(Config, __doc__)
     # The TPU's compiler asks for these where there is no TPU; it is not the device to run on.
     os.environ |= {
         "TPU_SKIP_MDS_QUERY": "1",
@@ -151,27 +156,19 @@ def main() -> None:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
     jax.config.update("jax_platforms", "cpu")
-    meshes = {}
-    for name in args.topologies:
-        try:
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
-        except Exception as error:  # of what kind depends on the version of libtpu
-            parser.error(f"--topologies must be known to the TPU's compiler, got {name}: {error}")
-        meshes[name] = Mesh(np.array(topology.devices), (AXIS,), axis_types=(AxisType.Auto,))
-    report.make_folder(parser, args.out)
-
-    report.save(args.out / "config.json", report.describe(args))
-    forms = dict.fromkeys(f for form in args.forms for f in (FORMS[form], form))
+    meshes = {name: make_mesh(name) for name in config.topologies}
+    forms = dict.fromkeys(f for form in config.forms for f in (FORMS[form], form))
     results, rows = {}, [HEAD]
-    for model, topology in tqdm(list(itertools.product(args.models, args.topologies))):
-        work, mesh = steps.make_work(model, examples=1), meshes[topology]
-        found = {form: measure(work, form, mesh, args.batch_size) for form in forms}
-        for form, result in found.items():
-            result |= {"model": model, "topology": topology, "devices": mesh.size, "step": form}
-            results[f"{model}, {topology}, {form}"] = result
-            rows.append(as_row(result, sgd=found[FORMS.get(form, form)]))
-        report.write(args, results, rows)
-    print((args.out / "table.md").read_text())
+    with report.folder(config):
+        for model, topology in tqdm(list(itertools.product(config.models, meshes))):
+            work, mesh = steps.make_work(model, examples=1), meshes[topology]
+            found = {form: measure(work, form, mesh, config.batch_size) for form in forms}
+            for form, result in found.items():
+                result |= {"model": model, "topology": topology, "devices": mesh.size, "step": form}
+                results[f"{model}, {topology}, {form}"] = result
+                rows.append(as_row(result, sgd=found[FORMS.get(form, form)]))
+            report.write(config.out, results, report.markdown(rows))
+    print(report.markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,74 +1,26 @@
-"""What the benchmarks share: flags, tables in Markdown, and files that say what made them."""
+"""What the benchmarks write: tables in Markdown, and files that say what made them."""
 
-import argparse
 import contextlib
+import dataclasses
+import datetime
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
+import shlex
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
+import filelock
 import jax
 import numpy as np
 
+from benchmarks.config import Config, fail
 
-def make_parser(doc: str, *, seeds: int, out: str) -> argparse.ArgumentParser:
-    """A parser with the flags of every benchmark; ``doc`` is the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=doc.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--seeds", type=whole_number(2), default=seeds, help="number of seeds, 2 or more"
-    )
-    parser.add_argument("--out", type=pathlib.Path, default=out, help="folder to write to")
-    return parser
-
-
-def number(
-    kind: Callable[[float], Any], sound: Callable[[float], bool], must: str
-) -> Callable[[str], Any]:
-    """The type of a flag whose number has to be sound; 1e6 is a whole number, too."""
-
-    def parse(text: str) -> Any:
-        try:
-            x = float(text)
-            if not sound(x):
-                raise ValueError
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must {must}, got {text}") from None
-        return kind(x)
-
-    return parse
-
-
-def whole_number(least: int) -> Callable[[str], int]:
-    return number(int, lambda x: x >= least and x % 1 == 0, f"be a whole number from {least} on")
-
-
-positive = number(float, lambda x: 0 < x < math.inf, "be positive and finite")
-not_negative = number(float, lambda x: 0 <= x < math.inf, "be 0 or more and finite")
-share = number(float, lambda x: 0 <= x <= 1, "lie in [0, 1]")
-below_one = number(float, lambda x: 0 <= x < 1, "lie in [0, 1)")
-above_zero = number(float, lambda x: 0 < x <= 1, "lie in (0, 1]")
-
-
-def make_folder(parser: argparse.ArgumentParser, path: pathlib.Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        parser.error(cannot_write(path, error))
-
-
-def cannot_write(out: pathlib.Path, error: OSError) -> str:
-    return (
-        f"--out {out} can't be written to ({error}): make room there, see to its permissions, or "
-        "name another folder"
-    )
+PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -83,20 +35,91 @@ def mean_std(x: np.ndarray, digits: str) -> str:
     return f"{x.mean():{digits}} ± {x.std(ddof=1):{digits}}"
 
 
-def describe(args: argparse.Namespace) -> dict[str, Any]:
-    """The command, its arguments, and the machine and versions that it runs on."""
-    packages = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
+def cpus() -> int:
+    """Those that this process may use; on macOS and Windows those that there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def command() -> str:
+    """The one that started this program, for a shell."""
+    return shlex.join(["python", *(a for a in sys.orig_argv[1:] if a != "--resume")])
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """The command, what it was read as, and the machine and versions that it runs on."""
     return {
-        "command": " ".join(["python", *(a for a in sys.orig_argv[1:] if a != "--resume")]),
-        "arguments": jsonable(vars(args)),
+        "started": datetime.datetime.now().astimezone().isoformat(),
+        "command": command(),
+        "arguments": jsonable(dataclasses.asdict(config)),
         "machine": {
             "devices": [d.device_kind for d in jax.devices()],
-            "cpus": len(os.sched_getaffinity(0)),
+            "cpus": cpus(),
             "processor": platform.processor() or platform.machine(),
         },
         "versions": {"python": platform.python_version()}
-        | {p: importlib.metadata.version(p) for p in packages},
+        | {p: importlib.metadata.version(p) for p in PACKAGES},
     }
+
+
+@contextlib.contextmanager
+def folder(config: Config, *, resume: bool = False) -> Iterator[dict[str, Any]]:
+    """Holds ``config.out``, and gives what its config.json says of this run.
+
+    A run may take a folder that is new or empty, or one with a run that has ended; what is in it is
+    replaced by name, and nothing else is touched. With ``resume`` it goes on with the run there.
+    """
+    path, lock = config.out / "config.json", filelock.FileLock(config.out / ".lock")
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+        ours = {".lock", "config.json.part"}  # what is left of a start that was cut off
+        if not path.exists() and {p.name for p in config.out.iterdir()} - ours:
+            fail(f"--out {config.out} holds files and no run of a benchmark: name another folder")
+        lock.acquire(blocking=False)
+        description = begin(path, describe(config), resume=resume)
+        save(path, description)
+    except filelock.Timeout:
+        fail(f"--out {config.out} is in use by another process: wait for it, or name another")
+    except OSError as error:
+        fail(cannot_write(config.out, error))
+    try:
+        yield description
+        save(path, description | {"finished": True})
+    except OSError as error:
+        remedy = "--resume goes on from the last checkpoint" if hasattr(config, "resume") else ""
+        raise SystemExit(f"\n{cannot_write(config.out, error)}; {remedy}") from None
+    finally:
+        lock.release()
+
+
+def begin(path: pathlib.Path, description: dict[str, Any], *, resume: bool) -> dict[str, Any]:
+    """The description of the run that is to begin or to go on, or an error."""
+    out = path.parent
+    if not path.exists():
+        return description | {"finished": False}
+    try:
+        earlier = json.loads(path.read_bytes())
+        before, finished = earlier["arguments"], earlier.get("finished", True)
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"{path} is damaged, or not a benchmark's ({error!r}): name another --out")
+    if not resume:
+        if not finished and "resume" in before:
+            fail(
+                f"--out {out} holds a run that was not finished: add --resume to go on with it, or "
+                "name another folder"
+            )
+        return description | {"finished": False}
+    now, free = description["arguments"], {"resume", "coordinator"}
+    if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
+        listed = ", ".join(f"{k} {before.get(k)}, now {now[k]}" for k in changed)
+        fail(f"--resume needs the arguments of the run in {out}, got {listed}")
+    return description | {"started": earlier.get("started"), "finished": False}
+
+
+def cannot_write(out: pathlib.Path, error: OSError) -> str:
+    return (
+        f"--out {out} can't be written to ({error}): make room there, see to its permissions, or "
+        "name another folder"
+    )
 
 
 def jsonable(x: Any) -> Any:
@@ -141,15 +164,8 @@ def save(path: pathlib.Path, content: dict[str, Any]) -> None:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
-def write(
-    args: argparse.Namespace, results: dict[str, Any], rows: list[tuple[str, ...]], note: str = ""
-) -> None:
-    """Writes results.json, and table.md with the command that made it and a note below."""
-    save(args.out / "results.json", results)
-    write_table(args, markdown(rows), *([note] if note else []))
-
-
-def write_table(args: argparse.Namespace, *parts: str) -> None:
-    """Writes table.md: the command that made it, and below it the parts."""
-    with replacing(args.out / "table.md") as file:
-        file.write(("\n\n".join([f"`{describe(args)['command']}`", *parts]) + "\n").encode())
+def write(out: pathlib.Path, results: dict[str, Any], *parts: str) -> None:
+    """Writes results.json, and table.md: the command that made it, and below it the parts."""
+    save(out / "results.json", results)
+    with replacing(out / "table.md") as file:
+        file.write(("\n\n".join([f"`{command()}`", *parts]) + "\n").encode())

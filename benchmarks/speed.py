@@ -18,18 +18,18 @@ differences and those without are ratios. What is compared is timed in turn, the
 of times is the median over the turns, with its quartiles.
 """
 
-import argparse
 import contextlib
+import dataclasses
+import functools
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.extend
@@ -38,13 +38,13 @@ import matplotlib
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from absgd_jax import scale_by_attention, tilt
 from benchmarks import meta, report, steps
-from benchmarks.steps import AXIS, Batch, FORMS, State, Work
+from benchmarks.config import Config as BaseConfig
+from benchmarks.config import fail, FROM_1, POSITIVE, read
+from benchmarks.steps import Batch, FORMS, State, Work
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,41 +55,49 @@ PARTS = {
     "meta": "Beside learnt weights",
     "growth": "As it grows",
 }
-RATIOS = {
-    "sgd": "ratio to SGD in the same form",
-    "torch": "ratio to absgd_jax",
-    "meta": "ratio to ABSGD",
-}
-COLUMNS = {
-    "flops": "FLOPs",
-    "bytes_accessed": "bytes accessed",
-    "memory": "memory, bytes",
-    "state": "state, bytes",
-    "compilation": "compilation",
-    "images": "images a second",
-    "seconds": "time",
-    "loss": "loss after an epoch",
-    "missing": "not measured",
-}
-STYLE = {
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "figure.constrained_layout.use": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "savefig.dpi": 110,
-}
-ON_DEVICES = ("sgd_shard_map", "shard_map", "shard_map_automatic")
 EXAMPLES = 10_000  # of the data set that an epoch draws from
+SPREAD = "{1:.3f} ({0:.3f} to {2:.3f})"
+# Titles, and formats of a figure alone, and of its quartiles and difference beside another.
+COLUMNS = {
+    "flops": ("FLOPs", "{:.4e}", "{1:.6f}"),
+    "bytes_accessed": ("bytes accessed", "{:.4e}", "{1:.6f}"),
+    "memory": ("memory, bytes", "{:,.0f}", "{3:+,}"),
+    "state": ("state, bytes", "{:,.0f}", "{3:+,}"),
+    "compilation": ("compilation", "{:.3g} s", SPREAD),
+    "images": ("images a second", "{:,.0f}", ""),
+    "seconds": ("time", "{:.3g} s", SPREAD),
+    "loss": ("loss after an epoch", "{:.5f}", ""),
+    "missing": ("not measured", "{}", ""),
+}
 
+Job = tuple[Any, ...]  # a function, and its arguments, of which it returns the next first one
 Timer = Callable[[int], float]  # of a number of calls: the seconds of one
 Record = dict[str, Any]
+Pair = tuple[Record, Record]  # and what it is beside
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """What to measure, and how often."""
+
+    out: pathlib.Path = pathlib.Path("out/speed")  # folder to write to
+    parts: tuple[Literal[*PARTS], ...] = tuple(PARTS)  # to run
+    models: tuple[Literal[*steps.MODELS], ...] = steps.MODELS  # to train
+    forms: tuple[Literal[*FORMS], ...] = tuple(FORMS)  # of ABSGD, beside SGD
+    batch_size: Annotated[int, FROM_1] = 128  # examples a step and device
+    repeats: Annotated[int, FROM_1] = 20  # times that everything is timed
+    seconds: Annotated[float, POSITIVE] = 0.5  # that one timing takes, about
+    compilations: Annotated[int, FROM_1] = 5  # times that every form is compiled
+    # numbers of losses, of growth
+    losses: Annotated[tuple[int, ...], FROM_1] = tuple(2**k for k in (10, 13, 16, 19, 22, 25))
+    # numbers of parameters, of growth
+    parameters: Annotated[tuple[int, ...], FROM_1] = tuple(10**k for k in (5, 6, 7, 8))
+    # numbers of devices, of growth; 1, 2, 4, 8 that there are, if not given
+    devices: Annotated[tuple[int, ...] | None, FROM_1] = None
+    torch_python: str = "python3"  # interpreter with PyTorch
 
 
 def timer(function: Callable[..., Any], state: Any, *inputs: Any) -> Timer:
-    """Of a function whose first argument is what the call before has returned."""
-
     def run(calls):
         nonlocal state
         start = time.perf_counter()
@@ -101,149 +109,118 @@ def timer(function: Callable[..., Any], state: Any, *inputs: Any) -> Timer:
     return run
 
 
-def interleave(args: argparse.Namespace, timers: dict[str, Timer]) -> dict[str, list[float]]:
-    """Seconds of a call, ``args.repeats`` times, each over as many as fill ``args.seconds``."""
+def in_turn(names: Iterable[str], times: int) -> list[str]:
+    """There and back."""
+    return [name for i in range(times) for name in list(names)[:: -1 if i % 2 else 1]]
+
+
+def compare(
+    config: Config, work: str, found: dict[str, Record], timers: dict[str, Timer]
+) -> list[Record]:
+    """What was found, with the seconds of a call of what has a timer, beside the first."""
     for run in timers.values():
         run(1)
-    calls = max(1, round(args.seconds / next(iter(timers.values()))(1)))
-    seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for i in range(args.repeats):
-        for name in list(timers)[:: -1 if i % 2 else 1]:
-            seconds[name].append(timers[name](calls))
-    return seconds
+    first = next(iter(timers))
+    calls = max(1, round(config.seconds / timers[first](1)))
+    for name in in_turn(timers, config.repeats):
+        found[name].setdefault("seconds", []).append(timers[name](calls))
+    return [{"work": work, "step": name, "beside": first} | r for name, r in found.items()]
 
 
-def place(work: Work, state: State, devices: int) -> tuple[State, Batch]:
-    """The state on all devices, a copy that may be donated, and the examples spread over them."""
-    mesh = steps.make_mesh(devices)
-    return (
-        jax.device_put(jax.tree.map(jnp.copy, state), NamedSharding(mesh, P())),
-        jax.device_put(work.examples, NamedSharding(mesh, P(AXIS))),
-    )
+def prepare(work: Work, name: str, devices: int = 1) -> Job:
+    """The jitted step of that name, and what to call it with."""
+    mesh = steps.make_mesh(jax.devices()[:devices])
+    learnt = name in meta.ALGORITHMS
+    made = meta.make_step(work, name) if learnt else steps.make_step(work, name, mesh)
+    return steps.place(mesh, *made)
 
 
-def prepare(work: Work, form: str, devices: int = 1) -> tuple[Any, State, Batch]:
-    """The jitted step, and what to call it with."""
-    state, step = steps.make_step(work, form, steps.make_mesh(devices))
-    return jax.jit(step, donate_argnums=0), *place(work, state, devices)
-
-
-def figures(compiled: Any) -> Record:
-    """The compiler's, of one step on one device."""
+def figures(compiled: Any, state: State, *batches: Batch) -> Record:
+    """The compiler's, of one step on one device, and the bytes of the optimiser's state."""
     cost = compiled.cost_analysis()
     return {
         "flops": round(cost["flops"]),
         "bytes_accessed": round(cost["bytes accessed"]),
         "transcendentals": round(cost["transcendentals"]),
         "memory": compiled.memory_analysis().temp_size_in_bytes,
+        "state": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
     }
 
 
-def run_sgd(args: argparse.Namespace, model: str) -> Iterator[Record]:
-    work = steps.make_work(model, args.batch_size)
-    forms = list(dict.fromkeys(f for form in args.forms for f in (FORMS[form], form)))
-    compilation: dict[str, list[float]] = {form: [] for form in forms}
-    ready, found = {}, {}
-    for i in range(-1, args.compilations):  # the first time JAX traces much that it then knows
-        for form in forms[:: -1 if i % 2 else 1]:
-            step, state, batch = prepare(work, form)
-            start = time.perf_counter()
-            compiled = step.lower(state, batch).compile()
-            if i >= 0:
-                compilation[form].append(time.perf_counter() - start)
-            ready[form] = compiled, state, batch
-            size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
-            found[form] = figures(compiled) | {"state": size}
-    seconds = interleave(args, {form: timer(*each) for form, each in ready.items()})
-    for form in forms:
-        times = {"compilation": compilation[form], "seconds": seconds[form]}
-        yield {"work": model, "step": form, "beside": FORMS.get(form, form)} | found[form] | times
-
-
-def prepare_meta(work: Work, name: str) -> tuple[Any, State, Batch, Batch]:
-    """As ``prepare``; the clean batch is one of its own, though its examples are the same."""
-    state, step = meta.make_step(work, name)
-    state, batch = place(work, state, 1)
-    return jax.jit(step, donate_argnums=0), state, batch, batch
-
-
-def run_meta(args: argparse.Namespace, model: str) -> Iterator[Record]:
-    work = steps.make_work(model, args.batch_size)
-    ready, found = {}, {}
-    for name in ("absgd", *meta.ALGORITHMS):
-        step, *inputs = prepare(work, name) if name == "absgd" else prepare_meta(work, name)
+def run_steps(config: Config, model: str, names: list[str]) -> list[Record]:
+    work = steps.make_work(model, config.batch_size)
+    found: dict[str, Record] = {}
+    times: dict[str, list[float]] = {name: [] for name in names}
+    timers = {}
+    for name in in_turn(names, 1 + config.compilations):
+        step, *inputs = prepare(work, name)
+        start = time.perf_counter()
         compiled = step.lower(*inputs).compile()
-        ready[name], found[name] = (compiled, *inputs), figures(compiled)
-    seconds = interleave(args, {name: timer(*each) for name, each in ready.items()})
-    for name in ready:
-        found[name]["seconds"] = seconds[name]
-        yield {"work": model, "step": name, "beside": "absgd"} | found[name]
+        times[name].append(time.perf_counter() - start)
+        # The first time JAX traces much that it then knows.
+        found[name] = figures(compiled, *inputs) | {"compilation": times[name][1:]}
+        timers[name] = timer(compiled, *inputs)
+    return compare(config, model, found, timers)
 
 
-def run_torch(args: argparse.Namespace, model: str) -> Iterator[Record]:
-    once = timer(*prepare(steps.make_work(model, args.batch_size), "absgd"))
+def run_torch(config: Config, model: str) -> list[Record]:
+    once = timer(*prepare(steps.make_work(model, config.batch_size), "absgd"))
     once(1)
-    work, length = steps.make_work(model, EXAMPLES), max(1, round(args.seconds / once(1)))
-    shape = length, args.batch_size
+    shape = max(1, round(config.seconds / once(1))), config.batch_size
     order = np.random.default_rng(1).integers(EXAMPLES, size=shape, dtype=np.int32)
-    state, step = steps.make_step(work, "absgd")
-    state, examples = place(work, state, 1)
+    work = steps.make_work(model, EXAMPLES)
+    step, state, examples = prepare(work, "absgd")
 
-    def gather(state, index, examples):
+    @functools.partial(jax.jit, donate_argnums=0)
+    def train(state, index, examples):
         return step(state, jax.tree.map(lambda x: x[index], examples))
 
+    @functools.partial(jax.jit, donate_argnums=0)
     def scanned(state, order, examples):
-        return jax.lax.scan(lambda s, index: (gather(s, index, examples), None), state, order)[0]
-
-    jitted = jax.jit(gather, donate_argnums=0)
+        return jax.lax.scan(lambda s, index: (train(s, index, examples), None), state, order)[0]
 
     def looped(state, order, examples):
-        for index in order:
-            state = jitted(state, index, examples)
-        return state
+        return functools.reduce(lambda s, index: train(s, index, examples), order, state)
 
-    ours, epoch = "absgd_jax, an epoch a call", jax.jit(scanned, donate_argnums=0)
+    ours, epoch = "absgd_jax, an epoch a call", scanned
     if jax.default_backend() == "cpu" and model != "mlp":
         # In a loop XLA has no fast kernel for the convolutions of a backward pass on CPUs.
         ours, epoch = "absgd_jax, a step a call", looped
     state = epoch(state, order, examples)
     first = jax.tree.map(lambda x: x[order[0]], work.examples)
     losses, _ = jax.jit(work.losses)(state.params, state.other, first)
-    found: dict[str, Record] = {ours: {"loss": losses.mean()}}
+    found = {ours: {"images": order.size, "loss": losses.mean()}}
     timers = {ours: timer(epoch, state, order, examples)}
     with contextlib.ExitStack() as stack:
+        file = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "work.npz"
+        inputs, labels, _ = work.examples
+        np.savez(file, inputs=inputs, labels=labels, order=order, **torch_parameters(work.params))
         for name, options in (("absgd, eager", []), ("absgd, compiled", ["--compile"])):
-            worker = torch_worker(args, model, work, order, options)
+            worker = torch_worker(config, file, "--model", model, *options)
             found[name], run = stack.enter_context(worker)
             if run:
-                timers[name] = run
-        seconds = interleave(args, timers)
-    for name, record in found.items():
-        if name in seconds:
-            record |= {"images": order.size, "seconds": seconds[name]}
-        yield {"work": model, "step": name, "beside": ours} | record
+                found[name]["images"], timers[name] = order.size, run
+        return compare(config, model, found, timers)
 
 
 @contextlib.contextmanager
 def torch_worker(
-    args: argparse.Namespace, model: str, work: Work, order: np.ndarray, options: list[str]
+    config: Config, file: pathlib.Path, *options: str
 ) -> Iterator[tuple[Record, Timer | None]]:
     """What benchmarks.torch_speed says of itself, and its timer; or why there is none."""
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:
-        file = pathlib.Path(folder) / "work.npz"
-        inputs, labels, _ = work.examples
-        np.savez(file, inputs=inputs, labels=labels, order=order, **torch_parameters(work.params))
-        command = [args.torch_python, "-m", "benchmarks.torch_speed", str(file), "--model", model]
-        command += ["--temperature", str(steps.TEMPERATURE), "--learning-rate", str(steps.RATE)]
-        command += ["--threads", str(len(os.sched_getaffinity(0))), *options]
-        process = subprocess.Popen(
-            command,
+    numbers = {"temperature": steps.TEMPERATURE, "learning-rate": steps.RATE}
+    flags = [f"--{k}={v}" for k, v in (numbers | {"threads": report.cpus()}).items()]
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            [config.torch_python, "-m", "benchmarks.torch_speed", file, *flags, *options],
             cwd=pathlib.Path(__file__).parents[1],
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # at whose end it ends
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-        )
+        ) as process,
+    ):
 
         def run(calls):
             seconds = []
@@ -252,15 +229,11 @@ def torch_worker(
                 seconds.append(float(process.stdout.readline()))
             return np.mean(seconds)
 
-        try:
-            if first := process.stdout.readline():
-                yield json.loads(first), run
-            else:
-                errors.seek(0)
-                yield {"missing": errors.read().strip().split("\n")[-1]}, None
-        finally:
-            process.kill()
-            process.communicate()
+        if said := process.stdout.readline():
+            yield json.loads(said), run
+        else:
+            errors.seek(0)
+            yield {"missing": errors.read().strip().split("\n")[-1]}, None
 
 
 def torch_parameters(params: Any) -> dict[str, np.ndarray]:
@@ -274,31 +247,31 @@ def torch_parameters(params: Any) -> dict[str, np.ndarray]:
     return arrays
 
 
-def run_losses(args: argparse.Namespace, n: int) -> Iterator[Record]:
-    losses = jax.random.exponential(jax.random.key(0), (n,))
+def losses(config: Config, n: int) -> dict[str, Job]:
+    each = jax.random.exponential(jax.random.key(0), (n,))
     opt_state = scale_by_attention(steps.TEMPERATURE).init(None)
     functions = {
-        "copy": lambda out, losses, opt_state: jnp.copy(losses),
-        "softmax": lambda out, losses, opt_state: jax.nn.softmax(losses),
-        "tilt": lambda out, losses, opt_state: tilt(losses, opt_state),
-        "value_and_grad": lambda out, *args: jax.value_and_grad(lambda *a: tilt(*a).mean())(*args),
+        "copy": lambda losses, opt_state: jnp.copy(losses),
+        "softmax": lambda losses, opt_state: jax.nn.softmax(losses),
+        "tilt": tilt,
+        "value_and_grad": jax.value_and_grad(lambda *args: tilt(*args).mean()),
     }
-    timers = {}
-    for name, function in functions.items():
+
+    def job(function):
         # Into memory that is there already, as in training.
-        out = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, None, losses, opt_state))
-        jitted = jax.jit(function, donate_argnums=0, keep_unused=True)
-        timers[name] = timer(jitted, out, losses, opt_state)
-    yield from growing("losses", n, interleave(args, timers))
+        out = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, each, opt_state))
+        return lambda out, *args: function(*args), out, each, opt_state
+
+    return {name: job(function) for name, function in functions.items()}
 
 
-def run_parameters(args: argparse.Namespace, n: int) -> Iterator[Record]:
-    params, grads, value = jnp.zeros(n), jnp.ones(n), jnp.float32(1)
+def parameters(config: Config, n: int) -> dict[str, Job]:
+    grads, value = jnp.ones(n), jnp.float32(1)
 
     def traffic(state, grads, value):
         return tuple(x + grads for x in state)
 
-    def make_update(form):
+    def job(form):
         tx = steps.make_optimizer(form)
 
         def update(state, grads, value):
@@ -306,213 +279,167 @@ def run_parameters(args: argparse.Namespace, n: int) -> Iterator[Record]:
             updates, opt_state = tx.update(grads, opt_state, params, value=value)
             return optax.apply_updates(params, updates), opt_state
 
-        return update, tx.init(params)
+        return update, (jnp.zeros(n), tx.init(grads)), grads, value
 
-    functions = {
-        "traffic": (traffic, jnp.zeros(n)),
-        "sgd": make_update("sgd"),
-        "absgd": make_update("absgd"),
-    }
+    state = jnp.zeros(n), jnp.zeros(n)
+    return {"traffic": (traffic, state, grads, value), "sgd": job("sgd"), "absgd": job("absgd")}
+
+
+def devices(config: Config, n: int) -> dict[str, Job]:
+    if jax.default_backend() == "cpu" and jax.device_count() < 2 * n:
+        # They are counted as the backend starts; what came before had the cores as one.
+        jax.extend.backend.clear_backends()
+        # There are as many threads; while one waits in a collective, its device needs another.
+        jax.config.update("jax_num_cpu_devices", 2 * n)
+    work = steps.make_work("mlp", n * config.batch_size)
+    forms = "sgd_shard_map", "shard_map", "shard_map_automatic"
+    return {form: prepare(work, form, devices=n) for form in forms}
+
+
+GROWING = {"losses": losses, "parameters": parameters, "devices": devices}
+
+
+def run_growth(config: Config, what: str, n: int) -> list[Record]:
+    jobs = GROWING[what](config, n)
     timers = {
-        name: timer(jax.jit(function, donate_argnums=0), (jnp.copy(params), other), grads, value)
-        for name, (function, other) in functions.items()
+        name: timer(jax.jit(function, donate_argnums=0, keep_unused=True), *inputs)
+        for name, (function, *inputs) in jobs.items()
     }
-    yield from growing("parameters", n, interleave(args, timers))
+    work = f"{n:,} {what.removesuffix('s') if n == 1 else what}"
+    return compare(config, work, {name: {"growing": what, "n": n} for name in jobs}, timers)
 
 
-def run_devices(args: argparse.Namespace, n: int) -> Iterator[Record]:
-    work = steps.make_work("mlp", n * args.batch_size)
-    timers = {form: timer(*prepare(work, form, devices=n)) for form in ON_DEVICES}
-    yield from growing("devices", n, interleave(args, timers))
+def make_jobs(config: Config) -> list[tuple[Any, ...]]:
+    """Parts, what runs them, and its arguments."""
+    forms = [form for form in FORMS if form in config.forms]
+    beside = {sgd: [sgd, *(f for f in forms if FORMS[f] == sgd)] for sgd in map(FORMS.get, forms)}
+    images = [m for m in config.models if m in steps.IMAGE_SHAPES]
+    jobs = [
+        *(("sgd", run_steps, m, names) for m in config.models for names in beside.values()),
+        *(("torch", run_torch, m) for m in images),  # it has one loss an image, and no tokens
+        *(("meta", run_steps, m, ["absgd", *meta.ALGORITHMS]) for m in config.models),
+        *(("growth", run_growth, what, n) for what in GROWING for n in getattr(config, what)),
+    ]
+    return [job for job in jobs if job[0] in config.parts]
 
 
-def growing(what: str, n: int, seconds: dict[str, list[float]]) -> Iterator[Record]:
-    beside = next(iter(seconds))
-    for name, each in seconds.items():
-        found = {"growing": what, "n": n, "step": name, "beside": beside, "seconds": each}
-        yield {"work": f"{n:,} {what.removesuffix('s') if n == 1 else what}"} | found
-
-
-def cell(key: str, record: Record, beside: Record) -> str:
-    """That of a column: figures of what the comparison is beside, else differences and ratios."""
-    first = record is beside
-    match key, record.get(key):
-        case _, None:
-            return ""
-        case "flops" | "bytes_accessed", x:
-            return f"{x:.4e}" if first else f"{x / beside[key]:.6f}"
-        case "memory" | "state", x:
-            return f"{x:,}" if first else f"{x - beside[key]:+,}"
-        case "seconds" | "compilation", x:
-            if first:
-                return f"{np.median(x):.3g} s"
-            low, median, high = quartiles(record, beside, key)
-            return f"{median:.3f} ({low:.3f} to {high:.3f})"
-        case "images", x:
-            return f"{x / np.median(record['seconds']):,.0f}"
-        case "loss", x:
-            return f"{x:.5f}"
-        case _, x:
-            return x
-
-
-def quartiles(record: Record, beside: Record, key: str = "seconds") -> np.ndarray:
-    return np.quantile(np.divide(record[key], beside[key]), [0.25, 0.5, 0.75])
-
-
-def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
+def pairs(records: list[Record]) -> list[Pair]:
     """Each with what it is beside."""
     found = {(r["work"], r["step"]): r for r in records}
     return [(r, found[r["work"], r["beside"]]) for r in records]
 
 
-def table(records: list[Record]) -> list[tuple[str, ...]]:
+def quartiles(x: Any, beside: Any) -> np.ndarray:
+    return np.quantile(np.divide(x, beside), [0.25, 0.5, 0.75])
+
+
+def cell(key: str, record: Record, beside: Record) -> str:
+    _, alone, together = COLUMNS[key]
+    if key not in record:
+        return ""
+    x, other = record[key], beside.get(key)
+    if key == "images":
+        x /= np.median(record["seconds"])
+    if not together:
+        return alone.format(x)
+    if record is beside:
+        return alone.format(np.median(x))
+    return together.format(*quartiles(x, other), np.subtract(x, other))
+
+
+def table(records: list[Record]) -> str:
     keys = [key for key in COLUMNS if any(key in r for r in records)]
-    rows = [("work", "step", "beside", *(COLUMNS[key] for key in keys))]
+    rows = [("work", "step", "beside", *(COLUMNS[key][0] for key in keys))]
     for record, beside in pairs(records):
         name = "" if record is beside else record["beside"]
         cells = (cell(key, record, beside) for key in keys)
         rows.append((record["work"], record["step"], name, *cells))
-    return rows
+    return report.markdown(rows)
 
 
-def plot(records: list[Record], path: pathlib.Path, x: str) -> None:
-    """A panel for every model, and in it the ratios of each step."""
-    compared = [(r, o) for r, o in pairs(records) if r is not o and "missing" not in r]
-    if not compared:
+def split(pairs: list[Pair], key: str) -> dict[str, list[Pair]]:
+    values = dict.fromkeys(r[key] for r, _ in pairs)
+    return {x: [pair for pair in pairs if pair[0][key] == x] for x in values}
+
+
+def plot(part: str, records: list[Record], path: pathlib.Path) -> None:
+    """A panel for each model, with its steps; or for each thing that grows, with a line a step."""
+    growth = part == "growth"
+    compared = [(r, o) for r, o in pairs(records) if r is not o and "seconds" in r]
+    panels = split(compared, "growing" if growth else "work")
+    if not panels:
         return
-    models = list(dict.fromkeys(r["work"] for r, _ in compared))
-    names = list(dict.fromkeys(r["step"] for r, _ in compared))
-    size = 2.5 + 2.4 * len(models), 1.6 + 0.3 * len(names)
-    figure, grid = plt.subplots(1, len(models), figsize=size, sharey=True, squeeze=False)
-    for record, beside in compared:
-        axes, y = grid[0, models.index(record["work"])], names.index(record["step"])
-        low, median, high = quartiles(record, beside)
-        spread = [[median - low], [high - median]]
-        axes.errorbar(median, y, xerr=spread, fmt="o", color="C0", label="time")
-        for key, marker, color in (("flops", "|", "C1"), ("bytes_accessed", "x", "C2")):
-            if key in record:
-                ratio = record[key] / beside[key]
-                axes.plot(ratio, y, marker, color=color, ms=9, label=COLUMNS[key])
-    for axes, model in zip(grid[0], models, strict=True):
-        axes.axvline(1, color="black", lw=0.8)
-        axes.set_title(model, fontsize="medium")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    labels = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    figure.legend(labels.values(), labels, loc="outside right upper")
-    figure.supxlabel(x, fontsize="medium")
-    figure.savefig(path)
+
+    def points(pairs: list[Pair], key: str = "seconds") -> list[tuple[Any, ...]]:
+        return [(r["n" if growth else "step"], *quartiles(r[key], o[key])) for r, o in pairs]
+
+    size = 1 + 3.3 * len(panels), 3.2 if growth else 4
+    figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    for axes, (title, inside) in zip(grid[0], panels.items(), strict=True):
+        beside = inside[0][1]
+        if growth:
+            lines = {name: points(line) for name, line in split(inside, "step").items()}
+        else:
+            keys = [key for key in ("seconds", "flops", "bytes_accessed") if key in beside]
+            lines = {COLUMNS[key][0]: points(inside, key) for key in keys}
+        for (label, line), marker in zip(lines.items(), "o_x", strict=False):
+            x, low, middle, high = zip(*line, strict=True)
+            spread = np.subtract([middle, high], [low, middle])
+            axes.errorbar(x, middle, spread, fmt="o-" if growth else marker, label=label)
+        if growth:
+            axes.set_xscale("log", base=10 if title == "parameters" else 2)
+            axes.set_ylim(bottom=0)
+            axes.legend(frameon=False)
+        else:
+            axes.tick_params("x", rotation=90)
+        axes.set(title=title, ylabel=f"time / {beside['step']}" if growth else "ratio")
+        axes.axhline(1, color="black", lw=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    if not growth:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.suptitle(PARTS[part])
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def plot_growth(records: list[Record], path: pathlib.Path) -> None:
-    kinds = {r["growing"]: r["beside"] for r in records}
-    figure, grid = plt.subplots(1, len(kinds), figsize=(1 + 3.3 * len(kinds), 3.2), squeeze=False)
-    for axes, (kind, beside) in zip(grid[0], kinds.items(), strict=True):
-        lines: dict[str, list[tuple[float, ...]]] = {}
-        for r, other in pairs(records):
-            if r["growing"] == kind and r is not other:
-                lines.setdefault(r["step"], []).append((r["n"], *quartiles(r, other)))
-        for name, points in lines.items():
-            n, low, median, high = np.transpose(points)
-            axes.plot(n, median, marker="o", label=name)
-            axes.fill_between(n, low, high, alpha=0.2)
-        axes.set_xscale("log", base=10 if kind == "parameters" else 2)
-        axes.set_ylim(bottom=0)
-        axes.set(xlabel=kind, ylabel=f"time / {beside}")
-        axes.legend()
-    figure.savefig(path)
-    plt.close(figure)
-
-
-def write(args: argparse.Namespace, config: Record, found: dict[str, list[Record]]) -> None:
-    records = {f"{part}, {r['work']}, {r['step']}": r for part in found for r in found[part]}
-    report.save(args.out / "results.json", records)
-    machine = config["machine"]
+def write(config: Config, description: Record, found: dict[str, list[Record]]) -> str:
+    """The table, which it writes, too."""
+    machine = description["machine"]
     devices = ", ".join(sorted(set(machine["devices"])))
-    versions = ", ".join(f"{name} {version}" for name, version in config["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in description["versions"].items())
     parts = [
         f"{devices}, {machine['cpus']} cores of {machine['processor']}; {versions}. Batches of "
-        f"{args.batch_size}; n = {args.repeats} times, each over {args.seconds:g} s of calls, and "
-        f"{args.compilations} compilations: median (quartiles)."
+        f"{config.batch_size}; n = {config.repeats} times, each over {config.seconds:g} s of "
+        f"calls, and {config.compilations} compilations: median (quartiles)."
     ]
-    for part, each in found.items():
-        parts += [f"## {PARTS[part]}", report.markdown(table(each))]
-    report.write_table(args, *parts)
-
-
-def make_jobs(args: argparse.Namespace) -> list[tuple[str, Callable[..., Iterator[Record]], Any]]:
-    """The parts, what runs them, and for which model or size."""
-    images = [m for m in args.models if m in steps.IMAGE_SHAPES]
-    jobs = [
-        *(("sgd", run_sgd, model) for model in args.models),
-        *(("torch", run_torch, model) for model in images),  # it has one loss an image, no tokens
-        *(("meta", run_meta, model) for model in args.models),
-        *(("growth", run_losses, n) for n in args.losses),
-        *(("growth", run_parameters, n) for n in args.parameters),
-        *(("growth", run_devices, n) for n in args.devices),
-    ]
-    return [job for job in jobs if job[0] in args.parts]
+    for part, records in found.items():
+        parts += [f"## {PARTS[part]}", table(records)]
+    results = {f"{part}, {r['work']}, {r['step']}": r for part in found for r in found[part]}
+    report.write(config.out, results, *parts)
+    return "\n\n".join(parts)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add, number = parser.add_argument, report.whole_number(1)
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to run")
-    add("--models", nargs="+", choices=steps.MODELS, default=list(steps.MODELS), help="to train")
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of ABSGD, beside SGD")
-    add("--batch-size", type=number, default=128, help="examples a step and device")
-    add("--repeats", type=number, default=20, help="times that everything is timed")
-    add("--seconds", type=report.positive, default=0.5, help="that one timing takes, about")
-    add("--compilations", type=number, default=5, help="times that every form is compiled")
-    default = [2**k for k in (10, 13, 16, 19, 22, 25)]
-    add("--losses", type=number, nargs="+", default=default, metavar="N", help="of growth")
-    default = [10**k for k in (5, 6, 7, 8)]
-    add("--parameters", type=number, nargs="+", default=default, metavar="N", help="of growth")
-    add(
-        "--devices",
-        type=number,
-        nargs="+",
-        metavar="N",
-        help="of growth; 1, 2, 4, 8 that there are",
-    )
-    add("--torch-python", default="python3", metavar="FILE", help="interpreter with PyTorch")
-    add("--out", type=pathlib.Path, default="out/speed", help="folder to write to")
-    args = parser.parse_args()
-    if shutil.which(args.torch_python) is None:
-        parser.error(f"--torch-python must be an interpreter, got {args.torch_python}")
+    config = read(Config, __doc__)
+    if shutil.which(config.torch_python) is None:
+        fail(f"--torch-python must be an interpreter, got {config.torch_python}")
     # On a CPU there are as many as one asks for.
     most = jax.device_count() if jax.default_backend() != "cpu" else sys.maxsize
-    args.devices = args.devices or [n for n in (1, 2, 4, 8) if n <= most]
-    if max(args.devices) > most:
-        parser.error(f"--devices must not exceed {most}, got {args.devices}")
-    report.make_folder(parser, args.out)
-
+    devices = config.devices or tuple(n for n in (1, 2, 4, 8) if n <= most)
+    if max(devices) > most:
+        fail(f"--devices must not exceed {most}, got {max(devices)}")
+    config = dataclasses.replace(config, devices=devices)
     # What is read from a cache is not compiled.
     jax.config.update("jax_enable_compilation_cache", False)
-    config = report.describe(args)
-    report.save(args.out / "config.json", config)
-
     found: dict[str, list[Record]] = {}
-    for part, run, size in tqdm(make_jobs(args)):
-        if run is run_devices and jax.default_backend() == "cpu":
-            # They are counted as the backend starts; what came before had the cores as one.
-            jax.extend.backend.clear_backends()
-            # There are as many threads; while one waits in a collective, its device needs another.
-            jax.config.update("jax_num_cpu_devices", 2 * size)
-        found.setdefault(part, []).extend(run(args, size))
-        write(args, config, found)
-    with plt.rc_context(STYLE):
+    with report.folder(config) as description:
+        for part, run, *args in tqdm(make_jobs(config)):
+            found.setdefault(part, []).extend(run(config, *args))
+            text = write(config, description, found)
         for part, records in found.items():
-            path = args.out / f"{part}.png"
-            if part == "growth":
-                plot_growth(records, path)
-            else:
-                plot(records, path, RATIOS[part])
-    print((args.out / "table.md").read_text())
+            plot(part, records, config.out / f"{part}.png")
+    print(text)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ What SGD has in each form is the same loop but for `tilt` and for `value`, which
 but is given, too. Every step reports its loss, or the compiler would leave it out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from absgd_jax import absgd, accumulate, target_ess, tilt
@@ -57,6 +57,9 @@ class State(NamedTuple):
     loss: Any  # of the last batch, which every loop looks at
 
 
+Step = Callable[..., State]  # of the state and a batch, or two
+
+
 class Work(NamedTuple):
     """A network, and examples to train it on."""
 
@@ -88,10 +91,8 @@ def make_work(model: str, examples: int) -> Work:
     return Work(losses, params, other, Batch(inputs, labels, rng.random(labels.shape) < 0.9))
 
 
-def make_mesh(devices: int) -> Mesh:
-    return jax.make_mesh(
-        (devices,), (AXIS,), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,)
-    )
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def make_optimizer(form: str) -> optax.GradientTransformationExtraArgs | optax.MultiSteps:
@@ -104,20 +105,18 @@ def make_optimizer(form: str) -> optax.GradientTransformationExtraArgs | optax.M
     return micro(tx, EVERY_K) if micro else tx
 
 
-def make_step(
-    work: Work, form: str, mesh: Mesh | None = None
-) -> tuple[State, Callable[[State, Batch], State]]:
-    """The initial state, and the step; a mesh is for the forms that are in a shard_map."""
+def make_step(work: Work, form: str, mesh: Mesh) -> tuple[Step, State, Batch]:
+    """The step, and what to call it with."""
     tx = make_optimizer(form)
     sgd, mapped, automatic = form in FORMS.values(), "shard_map" in form, "automatic" in form
 
     def step(state, batch):
         params, other, opt_state, _ = state
-        where = batch.where if "masked" in form else None
 
         def loss_fn(params):
             losses, new = work.losses(params, other, batch)
             each = losses if sgd else tilt(losses, opt_state)
+            where = batch.where if "masked" in form else None
             return jnp.mean(each, where=where), (losses, new)
 
         local = lax.pcast(params, AXIS, to="varying") if mapped else params
@@ -132,4 +131,18 @@ def make_step(
 
     if mapped:
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P())
-    return State(work.params, work.other, tx.init(work.params), jnp.zeros([])), step
+    return step, make_state(work, tx.init(work.params)), work.examples
+
+
+def make_state(work: Work, opt_state: Any) -> State:
+    """The first; of its own, as it may be donated."""
+    params, other = jax.tree.map(jnp.copy, (work.params, work.other))
+    return State(params, other, opt_state, jnp.zeros([]))
+
+
+def place(
+    mesh: Mesh, step: Step, state: State, *batches: Batch, put: Any = jax.device_put
+) -> tuple[Any, ...]:
+    """The step jitted, and what to call it with: the state on every device, the batches spread."""
+    everywhere, spread = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    return jax.jit(step, donate_argnums=0), put(state, everywhere), *put(batches, spread)

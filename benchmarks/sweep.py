@@ -7,23 +7,63 @@ them; those that tune themselves are another program. The accuracy is that on a 
 for this is what λ may be chosen by.
 """
 
-import argparse
+import dataclasses
 import itertools
+import pathlib
 import time
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import comparison, longtail, noise, options, report, training
-from benchmarks.comparison import Setting
+from benchmarks import comparison, longtail, noise, report, training
+from benchmarks.comparison import Setting, SGD, TEMPERATURE
+from benchmarks.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, POSITIVE
+from benchmarks.noise import NOISE
 from benchmarks.training import Run, Task, Trained
 
 TIMES = 3  # of one epoch, at once and one after another in turn
-
+LOSSES = longtail.LOSSES | noise.LOSSES
 
 Swept = dict[Setting, Trained]  # of one loss; runs are seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(comparison.Config):
+    """Every temperature, γ, learning rate and seed."""
+
+    out: pathlib.Path = pathlib.Path("out/sweep")  # folder to write to
+    methods: tuple[Literal[*LOSSES], ...] = ("cross_entropy", "balanced_softmax")  # losses
+    seeds: Annotated[int, FROM_2] = 2  # number of seeds
+    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.1,)  # peaks
+    # as in benchmarks.longtail
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+        *("0.5", "1", "1.5", "2", "3", "5", "10", "20"),
+        *("ess0.9", "0.5:ess0.9"),
+    )
+    gammas: Annotated[tuple[float, ...], ABOVE_0] = (0.9,)  # weights of the newest batch
+    imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
+    # wrong labels, in place of rare classes: symmetric or asymmetric, and their share
+    noise: Annotated[str | None, NOISE] = None
+    # training examples of a run with wrong labels; all, if not given
+    examples: Annotated[int | None, FROM_1] = None
+    timed: Annotated[int, FROM_0] = 16  # runs whose time is compared; 0 for none
+
+    @property
+    def columns(self) -> list[tuple[float, float]]:
+        return list(itertools.product(self.learning_rates, self.gammas))
+
+    @property
+    def rows(self) -> list[str]:
+        return [SGD, *self.temperatures]
+
+    @property
+    def settings(self) -> list[Setting]:
+        """SGD at every rate, and every temperature with every rate and γ."""
+        sgd = [Setting(SGD, rate, self.gammas[0]) for rate in self.learning_rates]
+        pairs = itertools.product(self.temperatures, self.columns)
+        return sgd + [Setting(lam, *column) for lam, column in pairs]
 
 
 def final_accuracy(trained: Trained) -> np.ndarray:
@@ -31,47 +71,38 @@ def final_accuracy(trained: Trained) -> np.ndarray:
     return 100 * trained.history["accuracy"][-1].mean(axis=-1)
 
 
-def make_settings(args: argparse.Namespace) -> list[Setting]:
-    """Plain SGD at every rate, and every temperature with every rate and γ."""
-    sgd = [Setting((), rate, args.gammas[0]) for rate in args.learning_rates]
-    return sgd + [
-        Setting(*each)
-        for each in itertools.product(args.temperatures, args.learning_rates, args.gammas)
-    ]
-
-
-def columns(args: argparse.Namespace) -> list[tuple[float, float]]:
-    return list(itertools.product(args.learning_rates, args.gammas))
-
-
-def name_of(args: argparse.Namespace, column: tuple[float, float]) -> str:
+def name_of(config: Config, column: tuple[float, float]) -> str:
     rate, gamma = column
-    return f"rate {rate:g}" + (f", γ {gamma:g}" if len(args.gammas) > 1 else "")
+    return f"rate {rate:g}" + (f", γ {gamma:g}" if len(config.gammas) > 1 else "")
 
 
-def table(args: argparse.Namespace, results: dict[str, Swept]) -> list[tuple[str, ...]]:
+def name_of_row(temperature: str) -> str:
+    return str(Setting(temperature, 0.0, 0.0))
+
+
+def table(config: Config, results: dict[str, Swept]) -> list[tuple[str, ...]]:
     """A row for each loss and λ, and in it each rate and γ."""
-    rows = [("loss", "λ", *(name_of(args, column) for column in columns(args)), "diverged")]
+    rows = [("loss", "λ", *(name_of(config, column) for column in config.columns), "diverged")]
     for loss, swept in results.items():
-        for stages in [(), *args.temperatures]:
-            found = [swept.get(Setting(stages, *column)) for column in columns(args)]
+        for lam in config.rows:
+            found = [swept.get(Setting(lam, *column)) for column in config.columns]
             cells = [report.mean_std(final_accuracy(t), ".1f") if t else "" for t in found]
             runs = [t for t in found if t]
             diverged = sum(map(comparison.diverged, runs))
-            name = str(Setting(stages, 0.0))
-            rows.append((loss, name, *cells, f"{diverged} of {len(runs) * args.seeds}"))
+            total = len(runs) * config.seeds
+            rows.append((loss, name_of_row(lam), *cells, f"{diverged} of {total}"))
     return rows
 
 
-def plot(args: argparse.Namespace, results: dict[str, Swept]) -> None:
+def plot(config: Config, results: dict[str, Swept]) -> None:
     """A panel for each loss, rate and γ: λ to the right, seeds downwards, accuracy as colour."""
-    shape = len(results), len(columns(args))
-    names = [str(Setting(stages, 0.0)) for stages in [(), *args.temperatures]]
+    shape = len(results), len(config.columns)
+    names = list(map(name_of_row, config.rows))
     figure, grid = plt.subplots(
         *shape,
         figsize=(
             1.5 + (0.8 + 0.24 * len(names)) * shape[1],
-            1 + (0.5 + 0.16 * args.seeds) * shape[0],
+            1 + (0.5 + 0.16 * config.seeds) * shape[0],
         ),
         squeeze=False,
         sharex=True,
@@ -79,13 +110,13 @@ def plot(args: argparse.Namespace, results: dict[str, Swept]) -> None:
         layout="constrained",
     )
     for (loss, swept), panels in zip(results.items(), grid, strict=True):
-        for column, axes in zip(columns(args), panels, strict=True):
+        for column, axes in zip(config.columns, panels, strict=True):
             # SGD has no γ, and stands beside all.
-            sgd = Setting((), column[0], args.gammas[0])
-            found = [sgd, *(Setting(stages, *column) for stages in args.temperatures)]
+            sgd = Setting(SGD, column[0], config.gammas[0])
+            found = [sgd, *(Setting(lam, *column) for lam in config.temperatures)]
             accuracy = np.stack([final_accuracy(swept[setting]) for setting in found], axis=1)
             image = axes.imshow(accuracy, aspect="auto", vmin=np.nanmax(accuracy) - 10)
-            axes.set_title(f"{loss}, {name_of(args, column)}", fontsize="small")
+            axes.set_title(f"{loss}, {name_of(config, column)}", fontsize="small")
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
             axes.set_yticks([])
             figure.colorbar(image, ax=axes, extend="min")
@@ -94,33 +125,36 @@ def plot(args: argparse.Namespace, results: dict[str, Swept]) -> None:
     figure.suptitle(
         "validation accuracy, %; colours end 10 points below the best", fontsize="small"
     )
-    figure.savefig(args.out / "heatmap.png", dpi=110)
+    figure.savefig(config.out / "heatmap.png", dpi=110)
     plt.close(figure)
 
 
-def compare_times(args: argparse.Namespace, task: Task, runs: list[Run]) -> dict[str, Any]:
-    """Seconds of an epoch of all runs at once, and of the same runs one after another."""
-    examples = len(runs[0].train.label)
-    program = training.make_program(args, task, examples)
-    stacked = {
+def compare_times(config: Config, task: Task, runs: list[Run]) -> dict[str, Any]:
+    """Seconds of an epoch of all runs at once, and of the same runs one after another.
+
+    The first time is that of the compilation, too.
+    """
+    program = training.make_program(config, task, len(runs[0].train.label))
+    groups = {
         "at_once": [jax.tree.map(lambda *leaves: np.stack(leaves), *runs)],
         "one_after_another": [jax.tree.map(lambda x: x[None], run) for run in runs],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in stacked}
-    compilation, prepared = {}, {}
-    for name, groups in stacked.items():
-        groups = [jax.device_put(group, training.sharding(args)) for group in groups]
-        states = [jax.jit(jax.vmap(program.init))(group) for group in groups]
-        epoch = jax.jit(jax.vmap(program.epoch, (0, 0, None, None)))
+    seconds: dict[str, list[float]] = {name: [] for name in groups}
+    compiled = {name: training.compile_program(config, program) for name in groups}
+    compilation = {}
+    for name, (init, epoch, _) in compiled.items():
+        group = jax.device_put(groups[name][0], training.sharding(config))
+        state = init(group)
         start = time.perf_counter()
-        compiled = epoch.lower(states[0], groups[0], task.images, 0).compile()
+        jax.block_until_ready(epoch(state, group, task.images, 0))
         compilation[name] = time.perf_counter() - start
-        prepared[name] = compiled, list(zip(states, groups, strict=True))
     for _ in range(TIMES):
-        for name, (compiled, pairs) in prepared.items():
+        for name, (init, epoch, _) in compiled.items():
+            states = [init(group) for group in groups[name]]
+            jax.block_until_ready(states)
             start = time.perf_counter()
-            for state, group in pairs:
-                jax.block_until_ready(compiled(state, group, task.images, 0))
+            for state, group in zip(states, groups[name], strict=True):
+                jax.block_until_ready(epoch(state, group, task.images, 0))
             seconds[name].append(time.perf_counter() - start)
     return {"runs": len(runs), "seconds": seconds, "compilation": compilation}
 
@@ -131,88 +165,43 @@ def describe_times(times: dict[str, Any]) -> str:
     k = times["runs"]
     return (
         f"An epoch of {k} runs at once takes {at_once / apart:.2f} times that of the {k} one after "
-        f"another (median of {TIMES}), and {at_once / apart * k:.1f} times that of one; the one "
-        f"compilation takes {one / each:.2f} times that of a single run, which {k} would need."
+        f"another (median of {TIMES}), and {at_once / apart * k:.1f} times that of one. The first "
+        f"epoch, which compiles, takes {one / each:.2f} times that of one run."
     )
 
 
 def main() -> None:
-    parser = options.make_parser(__doc__, longtail.LOSSES | noise.LOSSES, seeds=2, out="out/sweep")
-    grid = ("0.5", "1", "1.5", "2", "3", "5", "10", "20", "ess0.9", "0.5:ess0.9")
-    parser.set_defaults(
-        methods=["cross_entropy", "balanced_softmax"],
-        learning_rates=[0.1],
-        temperatures=[options.parse_stages(text) for text in grid],
-    )
-    add = parser.add_argument
-    add(
-        "--gammas",
-        type=report.above_zero,
-        nargs="+",
-        default=[0.9],
-        metavar="GAMMA",
-        help="in (0, 1]",
-    )
-    add(
-        "--imbalance",
-        type=report.above_zero,
-        default=0.05,
-        help="images of the smallest class / largest",
-    )
-    add(
-        "--noise",
-        type=noise.parse_noise,
-        metavar="KIND:RATE",
-        help="wrong labels, in place of rare classes: symmetric or asymmetric, and their share",
-    )
-    add(
-        "--examples",
-        type=report.whole_number(1),
-        help="training examples of a run with wrong labels; all, if not given",
-    )
-    add(
-        "--timed",
-        type=report.whole_number(0),
-        default=16,
-        help="runs whose time is compared; 0 for none",
-    )
-    args, train, test = options.parse(parser)
-    labels = train.labels, test.labels
-    classes = int(train.labels.max()) + 1
-    if args.noise:
-        size = min(args.examples or len(train.labels), len(train.labels))
-        examples = noise.make_examples(*labels, args.noise, size, args.validation)
+    config = comparison.read(Config, __doc__)
+    train, test = comparison.load(config)
+    labels, classes = (train.labels, test.labels), int(train.labels.max()) + 1
+    if config.noise:
+        draw = noise.make_draw(*labels, config.noise, config.examples, config.validation)
         losses, groups = noise.LOSSES, 2
     else:
-        examples = longtail.make_examples(*labels, args.imbalance, args.validation)
+        draw = longtail.make_draw(*labels, config.imbalance, config.validation)
         losses, groups = longtail.LOSSES, classes
-    if unknown := set(args.methods) - set(losses):
-        parser.error(f"--methods must be of {', '.join(losses)} here, got {', '.join(unknown)}")
-    images = comparison.on_device(args, train, test)
-    source = comparison.Source(images, classes, groups, examples)
-    comparison.begin(parser, args, source)
+    if unknown := set(config.methods) - set(losses):
+        fail(f"--methods must be of {', '.join(losses)} here, got {', '.join(unknown)}")
+    images = comparison.on_device(config, train, test)
 
-    settings = make_settings(args)
-    programs = list(comparison.programs(settings).values())
-    seeds = range(comparison.SEARCH_SEED, comparison.SEARCH_SEED + args.seeds)
+    programs = list(comparison.programs(config.settings).values())
+    seeds = range(comparison.SEARCH_SEED, comparison.SEARCH_SEED + config.seeds)
     results, times = {}, None
-    sizes = [len(group) * args.seeds for group in programs]
-    with comparison.progress(args, len(args.methods), sizes) as bar:
-        for name in args.methods:
-            kind = {"loss": losses[name], "source": source, "normalized": name == "ldam_drw"}
-            if args.timed and times is None:
-                task, runs = comparison.prepare(args, programs[0], seeds, search=True, **kind)
-                times = compare_times(args, task, runs[: args.timed])
-            results[name] = comparison.train(
-                args, name, settings, seeds, bar=bar, search=True, **kind
+    sizes = [len(group) * config.seeds for group in programs]
+    with comparison.session(config, draw, len(config.methods), sizes) as trainer:
+        for name in config.methods:
+            task = Task(images, classes, groups, losses[name], normalized=name == "ldam_drw")
+            if config.timed and times is None:
+                runs = comparison.make_runs(config, task, programs[0], seeds, draw)
+                times = compare_times(config, task, runs[: config.timed])
+            results[name] = comparison.train_each(
+                config, name, task, config.settings, seeds, draw, trainer
             )
             if jax.process_index() == 0:
-                write(args, results, times)
+                write(config, results, times)
 
 
-def write(
-    args: argparse.Namespace, results: dict[str, Swept], times: dict[str, Any] | None
-) -> None:
+def write(config: Config, results: dict[str, Swept], times: dict[str, Any] | None) -> None:
     records: dict[str, Any] = {
         f"{loss} {setting}, rate {setting.learning_rate:g}, γ {setting.gamma:g}": {
             "accuracy": final_accuracy(trained),
@@ -222,12 +211,12 @@ def write(
         for loss, swept in results.items()
         for setting, trained in swept.items()
     }
-    note = ""
+    parts = [report.markdown(table(config, results))]
     if times:
         records["times"] = times
-        note = describe_times(times)
-    report.write(args, records, table(args, results), note)
-    plot(args, results)
+        parts.append(describe_times(times))
+    report.write(config.out, records, *parts)
+    plot(config, results)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ JAX: the file that it is given holds examples, their order, and the parameters t
 """
 
 import argparse
+import collections
 import json
 import sys
 import time
@@ -17,42 +18,37 @@ from absgd.optimizers import ABSGD
 from torch import nn
 
 
-class Dense(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs)
+def named(**modules):
+    return nn.Sequential(collections.OrderedDict(modules))
 
+
+class Flatten(nn.Module):
     def forward(self, x):
         if x.ndim == 4:  # as JAX's images are flattened; no copy, where they lie so
-            x = x.permute(0, 2, 3, 1).flatten(1)
-        return F.relu(self.linear(x))
+            x = x.permute(0, 2, 3, 1)
+        return x.flatten(1)
 
 
-class Convolution(nn.Module):
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, 3, padding=1)
-
-    def forward(self, x):
-        return F.max_pool2d(F.relu(self.conv(x)), 2)
+def dense(inputs, outputs):
+    return named(flatten=Flatten(), linear=nn.Linear(inputs, outputs), relu=nn.ReLU())
 
 
-class NormalizedConvolution(nn.Module):
-    def __init__(self, inputs, outputs, stride=1):
-        super().__init__()
-        # With a stride of 2 JAX's "SAME" pads on one side alone; that would be one more copy here.
-        self.conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(outputs)
+def convolution(inputs, outputs):
+    conv = nn.Conv2d(inputs, outputs, 3, padding=1)
+    return named(conv=conv, relu=nn.ReLU(), pool=nn.MaxPool2d(2))
 
-    def forward(self, x):
-        return self.norm(self.conv(x))
+
+def normalized_convolution(inputs, outputs, stride=1):
+    # With a stride of 2 JAX's "SAME" pads on one side alone; that would be one more copy here.
+    conv = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+    return named(conv=conv, norm=nn.BatchNorm2d(outputs))
 
 
 class Residual(nn.Module):
     def __init__(self, inputs, outputs, stride):
         super().__init__()
-        self.first = NormalizedConvolution(inputs, outputs, stride)
-        self.second = NormalizedConvolution(outputs, outputs)
+        self.first = normalized_convolution(inputs, outputs, stride)
+        self.second = normalized_convolution(outputs, outputs)
         self.stride, self.padding = stride, (outputs - inputs) // 2
 
     def forward(self, x):
@@ -61,31 +57,23 @@ class Residual(nn.Module):
         return F.relu(y + F.pad(shortcut, [0] * 4 + [self.padding] * 2))
 
 
-class Classifier(nn.Module):
-    """benchmarks.models.Classifier; its parameters have the same names."""
-
-    def __init__(self, model, image_shape, classes):
-        super().__init__()
-        height, width, channels = image_shape
-        if model == "mlp":
-            blocks = [Dense(height * width * channels, 256), Dense(256, 128)]
-            features = 128
-        elif model == "cnn":
-            pooled = (height // 4) * (width // 4) * 64
-            blocks = [Convolution(channels, 32), Convolution(32, 64), Dense(pooled, 128)]
-            features = 128
-        else:
-            blocks = [nn.Sequential(NormalizedConvolution(channels, 16), nn.ReLU())]
-            for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
-                first = Residual(inputs, outputs, outputs // inputs)
-                rest = [Residual(outputs, outputs, 1) for _ in range(4)]
-                blocks.append(nn.Sequential(first, *rest))
-            blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-            features = 64
-        self.blocks, self.head = nn.Sequential(*blocks), nn.Linear(features, classes)
-
-    def forward(self, x):
-        return self.head(self.blocks(x))
+def classifier(model, shape, classes):
+    """As benchmarks.models.Classifier; its parameters have the same names."""
+    height, width, channels = shape
+    if model == "mlp":
+        blocks = [dense(height * width * channels, 256), dense(256, 128)]
+    elif model == "cnn":
+        pooled = (height // 4) * (width // 4) * 64
+        blocks = [convolution(channels, 32), convolution(32, 64), dense(pooled, 128)]
+    else:
+        blocks = [nn.Sequential(normalized_convolution(channels, 16), nn.ReLU())]
+        for inputs, outputs in ((16, 16), (16, 32), (32, 64)):
+            rest = [Residual(outputs, outputs, 1) for _ in range(4)]
+            first = Residual(inputs, outputs, outputs // inputs)
+            blocks.append(nn.Sequential(first, *rest))
+        blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), Flatten()))
+    features = 64 if model == "resnet32" else 128
+    return named(blocks=nn.Sequential(*blocks), head=nn.Linear(features, classes))
 
 
 def main():
@@ -107,7 +95,7 @@ def main():
     labels = torch.tensor(arrays.pop("labels")).long().to(device)
     order = torch.tensor(arrays.pop("order")).long().to(device)
     _, channels, height, width = inputs.shape
-    network = Classifier(args.model, (height, width, channels), len(arrays["head.bias"]))
+    network = classifier(args.model, (height, width, channels), len(arrays["head.bias"]))
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.copy_(torch.tensor(arrays.pop(name)))
@@ -130,8 +118,8 @@ def main():
     epoch()
     with torch.no_grad():
         loss = F.cross_entropy(network(inputs[order[0]]), labels[order[0]])
-    print(json.dumps({"torch": torch.__version__, "device": device, "loss": float(loss)}))
-    sys.stdout.flush()
+    said = {"torch": torch.__version__, "device": device, "loss": float(loss)}
+    print(json.dumps(said), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         epoch()

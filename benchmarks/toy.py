@@ -11,10 +11,11 @@ have next to no weight, and the boundary mostly stays between the rings. So does
 is stopped after a tenth of the steps.
 """
 
-import argparse
+import dataclasses
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import matplotlib
@@ -26,6 +27,8 @@ from sklearn.datasets import make_circles
 from absgd_jax import absgd, robust_loss, tilt, two_stage
 from absgd_jax.data import flip_labels
 from benchmarks import report
+from benchmarks.config import Config as BaseConfig
+from benchmarks.config import FROM_0, read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -38,6 +41,14 @@ CAPTION = """area of a point: its weight at the end; line: decision boundary
 percentages: recall of the two rings on fresh points, balanced and with true labels"""
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """What is drawn, and to where."""
+
+    out: pathlib.Path = pathlib.Path("out/toy")  # folder to write to
+    seed: Annotated[int, FROM_0] = 0  # of points, network and batches
 
 
 class Row(NamedTuple):
@@ -63,16 +74,18 @@ def rings(sizes: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray,
     return points.astype(np.float32), labels
 
 
-@functools.partial(jax.jit, static_argnames="row")
-def train(row: Row, points, labels, temperature: float, key: jax.Array) -> nnx.Module:
-    """The network after training, from points to logits."""
+@jax.jit
+def make_model(key: jax.Array) -> tuple[nnx.Module, jax.Array]:
+    """The network, from points to logits, and a key for its batches."""
     rngs = nnx.Rngs(key)
     layers = nnx.Linear(2, 64, rngs=rngs), nnx.relu, nnx.Linear(64, 64, rngs=rngs), nnx.relu
-    model = nnx.Sequential(*layers, nnx.Linear(64, 2, rngs=rngs))
-    tx = absgd(
-        optax.cosine_decay_schedule(row.learning_rate, row.steps),
-        two_stage(temperature, begin=int(FIRST_STAGE * row.steps)),
-    )
+    return nnx.Sequential(*layers, nnx.Linear(64, 2, rngs=rngs)), rngs()
+
+
+@functools.partial(jax.jit, static_argnames="row")
+def train(row: Row, model: nnx.Module, key: jax.Array, points, labels, temperature) -> nnx.Module:
+    rate = optax.cosine_decay_schedule(row.learning_rate, row.steps)
+    tx = absgd(rate, two_stage(temperature, begin=int(FIRST_STAGE * row.steps)))
 
     def step(carry, key):
         model, opt_state = carry
@@ -85,14 +98,25 @@ def train(row: Row, points, labels, temperature: float, key: jax.Array) -> nnx.M
         updates, opt_state = tx.update(grads, opt_state, model, value=loss)
         return (optax.apply_updates(model, updates), opt_state), None
 
-    keys = jax.random.split(rngs(), row.steps)
+    keys = jax.random.split(key, row.steps)
     (model, _), _ = jax.lax.scan(step, (model, tx.init(model)), keys)
     return model
 
 
+@jax.jit
+def predict(model: nnx.Module, points: jax.Array) -> jax.Array:
+    return model(points)
+
+
+@jax.jit
+def weigh(model: nnx.Module, points, labels, temperature) -> jax.Array:
+    """The weights of the points."""
+    return jax.grad(robust_loss)(cross_entropy(model(points), labels), temperature)
+
+
 def draw(axes, temperature, model, points, labels, weights, recall) -> None:
     x = np.linspace(-1.45, 1.45, 300)
-    difference = model(np.stack(np.meshgrid(x, x), axis=-1)) @ np.array([-1, 1])
+    difference = predict(model, np.stack(np.meshgrid(x, x), axis=-1)) @ np.array([-1, 1])
     axes.contourf(x, x, difference, [-np.inf, 0, np.inf], colors=COLORS, alpha=0.12)
     axes.contour(x, x, difference, [0], colors="black", linewidths=1.2)
     color = np.array(COLORS)[labels]
@@ -106,49 +130,43 @@ def draw(axes, temperature, model, points, labels, weights, recall) -> None:
     axes.set(aspect="equal", xticks=[], yticks=[])
 
 
-def run(row: Row, seed: int, panels: np.ndarray) -> list[dict[str, Any]]:
+def run(row: Row, seed: int, panels: np.ndarray) -> Iterator[dict[str, Any]]:
     """Trains with every λ and draws its panel; a record of each."""
     rng = np.random.default_rng(seed)
     points, truth = rings(row.sizes, rng)
     labels, wrong = flip_labels(truth, row.flipped, num_classes=2, seed=rng)
     test_points, test_labels = rings((2000, 2000), rng)
-    records = []
+    panels[0].set_ylabel(row.title, fontsize="large")
     for axes, t in zip(panels, row.temperatures, strict=True):
-        model = train(row, points, labels, t, jax.random.key(seed))
-        weights = jax.grad(robust_loss)(cross_entropy(model(points), labels), t)
-        correct = model(test_points).argmax(axis=1) == test_labels
+        model = train(row, *make_model(jax.random.key(seed)), points, labels, t)
+        weights = np.asarray(weigh(model, points, labels, t))
+        correct = np.asarray(predict(model, test_points)).argmax(axis=1) == test_labels
         recall = [100 * correct[test_labels == c].mean() for c in (0, 1)]
         draw(axes, t, model, points, labels, weights, recall)
         share = 100 * weights[wrong if row.flipped else labels == 1].sum()
-        setting = {"data": row.title, "temperature": t}
-        records.append(setting | {"recall": recall, "weight": share})
-    panels[0].set_ylabel(row.title, fontsize="large")
-    return records
+        yield {"data": row.title, "temperature": t, "recall": recall, "weight": share}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument(
-        "--seed", type=report.whole_number(0), default=0, help="of points, network and batches"
-    )
-    parser.add_argument("--out", type=pathlib.Path, default="out/toy", help="folder to write to")
-    args = parser.parse_args()
-    report.make_folder(parser, args.out)
-
-    figure, panels = plt.subplots(2, 3, figsize=(9, 6.9), layout="constrained")
-    records = [r for row, line in zip(ROWS, panels, strict=True) for r in run(row, args.seed, line)]
-    figure.supxlabel(CAPTION, fontsize="medium")
-    figure.savefig(args.out / "toy.png", dpi=100)
+def table(records: list[dict[str, Any]]) -> str:
     rows = [("data", "λ", *(f"recall, {ring}" for ring in RINGS), "weight of rare / wrong")]
     for r in records:
         percent = (f"{x:.0f} %" for x in (*r["recall"], r["weight"]))
-        temperature = "∞" if np.isinf(r["temperature"]) else f"{r['temperature']:g}"
-        rows.append((r["data"], temperature, *percent))
-    report.save(args.out / "config.json", report.describe(args))
-    report.write(args, {f"panel {i}": r for i, r in enumerate(records)}, rows)
-    print((args.out / "table.md").read_text())
+        rows.append((r["data"], f"{r['temperature']:g}".replace("inf", "∞"), *percent))
+    return report.markdown(rows)
+
+
+def main() -> None:
+    config = read(Config, __doc__)
+    figure, panels = plt.subplots(2, 3, figsize=(9, 6.9), layout="constrained")
+    with report.folder(config):
+        records = [
+            r for row, line in zip(ROWS, panels, strict=True) for r in run(row, config.seed, line)
+        ]
+        figure.supxlabel(CAPTION, fontsize="medium")
+        figure.savefig(config.out / "toy.png", dpi=100)
+        text = table(records)
+        report.write(config.out, {f"panel {i}": r for i, r in enumerate(records)}, text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,24 @@
-"""The trainer: many runs as one compiled program, restartable after any epoch."""
+"""The trainer: many runs as one compiled program, restartable after any epoch.
 
-import argparse
+    Config    how to train
+    Task      what to train on: images, classes, a loss
+    Run       what the runs of a program differ in: seed, learning rate, λ, examples
+    Program   the functions of one run
+    Trained   what became of the runs
+
+Runs of one program are stacked, and trained side by side.
+"""
+
+import collections
+import dataclasses
+import datetime
 import functools
 import logging
-import pathlib
 import shutil
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +32,72 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, diagnostics, target_ess, tilt, two_stage
 from benchmarks import models, report
+from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, SHARE
+from benchmarks.config import Config as BaseConfig
 
-log = logging.getLogger("benchmarks")
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 
-# Per-example losses [B] of logits z [B, C] and labels y; `late` says whether the second stage of
-# training has begun.
-Loss = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
+# examples, and whether the second stage of training has begun.
+Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # What is recorded of every epoch of every run, [epochs, runs, ...]: "accuracy" of each class of the
 # evaluation split; and, as means over the batches, "mass", the share of the weights that each group
 # has, and the scalars of diagnostics.summary.
 History = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(BaseConfig):
+    """How models are trained."""
+
+    resume: bool = False  # go on with what --out holds
+    model: Literal[*models.NAMES] = "mlp"  # what to train
+    hidden: Annotated[tuple[int, ...], FROM_1] = (64,)  # widths of the hidden layers of the MLP
+    dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in
+    epochs: Annotated[int, FROM_1] = 60  # passes over the data
+    batch_size: Annotated[int, FROM_1] = 32  # examples a step
+    augment: bool = False  # random crops and flips
+    # share of the epochs before class weights, truncation and fine-tuning set in
+    second_stage: Annotated[float, SHARE] = 0.8
+    # in the second stage, train this block and those above it alone
+    fine_tune_from: Annotated[int, FROM_0] = 0
+    schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate
+    # shares of the epochs after which the rate falls
+    milestones: Annotated[tuple[float, ...], SHARE] = (0.8, 0.9)
+    decay: Annotated[float, NOT_NEGATIVE] = 0.01  # what the rate is multiplied by then
+    warm_up: Annotated[float, BELOW_1] = 0.025  # share of the epochs
+    momentum: Annotated[float, BELOW_1] = 0.9  # of SGD
+    weight_decay: Annotated[float, NOT_NEGATIVE] = 2e-4  # L2 coefficient
+    gamma: Annotated[float, ABOVE_0] = 0.9  # weight of the newest batch in ABSGD's average
+    # runs in one compiled program; if not given 1000, or 1 where there are convolutions, which are
+    # slow side by side
+    at_once: Annotated[int | None, FROM_1] = None
+    checkpoint_every: Annotated[float, NOT_NEGATIVE] = 30.0  # seconds between checkpoints
+    devices: Annotated[int | None, FROM_1] = None  # to spread a batch over; all, if not given
+    tensorboard: bool = False  # write event files, too
+
+    @property
+    def convolves(self) -> bool:
+        return self.model not in ("linear", "mlp")
+
+    @property
+    def runs_at_once(self) -> int:
+        return self.at_once or (1 if self.convolves else 1000)
+
+    @property
+    def number_of_devices(self) -> int:
+        return self.devices or jax.device_count()
+
+    def steps(self, examples: int) -> int:
+        """Of an epoch."""
+        return examples // self.batch_size
+
+    def frozen(self, epoch: int) -> int:
+        """Blocks that are not trained in this epoch."""
+        return self.fine_tune_from * (epoch >= round(self.second_stage * self.epochs))
 
 
 class Images(NamedTuple):
@@ -57,8 +119,18 @@ class Examples(NamedTuple):
     group: Any  # [n], int32: whose share of the weights is followed
 
 
+class Task(NamedTuple):
+    """What is trained on: common to all runs of a program."""
+
+    images: Images
+    classes: int
+    groups: int
+    loss: Loss
+    normalized: bool = False  # whether the logits are cosines
+
+
 class Run(NamedTuple):
-    """What the runs of one program differ in: every leaf has a leading axis over runs."""
+    """What the runs of a program differ in: every leaf has a leading axis over runs."""
 
     seed: Any  # int32
     learning_rate: Any  # float32
@@ -68,35 +140,44 @@ class Run(NamedTuple):
     ess: Any  # float32: effective sample size that λ is tuned to from the last start on; or None
     train: Examples
     evaluation: Examples
+    class_counts: Any  # [classes], int32: of the training examples
 
 
-class Task(NamedTuple):
-    """What is trained on, and how: common to all runs of a program."""
-
-    images: Images
-    loss: Loss
-    classes: int
-    groups: int
-    normalized: bool  # whether the logits are cosines
-
-
-class State(NamedTuple):
+class TrainState(NamedTuple):
     params: Any
     other: Any  # what the model keeps beside: the statistics of batch normalisation
     opt_state: Any
     step: Any
 
 
-def schedule(args: argparse.Namespace, steps: int) -> optax.Schedule:
+class Program(NamedTuple):
+    """Pure functions of one run."""
+
+    init: Callable[[Run], TrainState]
+    shuffle: Callable[[Run, int], Any]  # the batches of an epoch, by its number: [steps, ...]
+    step: Callable[[TrainState, Run, Images, Any], tuple[TrainState, History]]  # of a batch
+    accuracy: Callable[[TrainState, Run, Images], jax.Array]  # of each class
+    losses: Callable[[TrainState, Run, Images], jax.Array]  # of every training example
+
+
+class Trained(NamedTuple):
+    """What became of the runs."""
+
+    history: History
+    losses: Any  # of every training example at the end, [runs, examples]
+
+
+def schedule(config: Config, steps: int) -> optax.Schedule:
     """The learning rate as a share of its peak: a warm-up, then steps, a cosine or nothing."""
-    warm_up = round(args.warm_up * steps)
+    warm_up = round(config.warm_up * steps)
+    falls = collections.Counter(round(m * steps) - warm_up for m in config.milestones)
     body = {
         "constant": optax.constant_schedule(1.0),
-        "cosine": optax.cosine_decay_schedule(1.0, steps - warm_up),
+        "cosine": optax.cosine_decay_schedule(1.0, max(steps - warm_up, 1)),
         "step": optax.piecewise_constant_schedule(
-            1.0, {round(m * steps) - warm_up: args.decay for m in args.milestones}
+            1.0, {step: config.decay**n for step, n in falls.items()}
         ),
-    }[args.schedule]
+    }[config.schedule]
     if not warm_up:
         return body
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warm_up), body], [warm_up])
@@ -114,48 +195,37 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
-def sharding(args: argparse.Namespace, *axes: str) -> NamedSharding:
-    """Over ``args.devices`` devices, of all processes: the leading axis "batch", or nothing."""
+def sharding(config: Config, *axes: str) -> NamedSharding:
+    """Over the devices, of all processes: the leading axis "batch", or nothing."""
     mesh = jax.make_mesh(
-        (args.devices,),
+        (config.number_of_devices,),
         ("batch",),
-        devices=jax.devices()[: args.devices],
+        devices=jax.devices()[: config.number_of_devices],
         axis_types=(AxisType.Auto,),
     )
     return NamedSharding(mesh, PartitionSpec(*axes))
 
 
-class Program(NamedTuple):
-    """Pure functions of one run."""
-
-    init: Callable[[Run], State]
-    epoch: Callable[[State, Run, Images, int], tuple[State, History]]
-    evaluate: Callable[[State, Run, Images], jax.Array]
-
-
-def make_program(
-    args: argparse.Namespace, task: Task, examples: int, *, frozen: int = 0
-) -> Program:
+def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) -> Program:
     """The functions of a run of so many examples.
 
-    ``init(run)`` makes the state, ``epoch(state, run, images, number)`` passes over the data once
-    and ``evaluate(state, run, images)`` gives the loss of every training example. With ``frozen``
-    blocks it is the program of fine-tuning, whose optimiser counts from the second stage on.
+    With ``frozen`` blocks it is the program of fine-tuning, whose optimiser counts from the second
+    stage on.
     """
-    steps = examples // args.batch_size
-    second_stage = round(args.second_stage * args.epochs) * steps
+    steps = config.steps(examples)
+    second_stage = round(config.second_stage * config.epochs) * steps
     first = second_stage if frozen else 0
-    rate = schedule(args, steps * args.epochs)
+    rate = schedule(config, steps * config.epochs)
 
     def make_model(seed):
         return models.make_model(
-            args.model,
+            config.model,
             task.images.pixels.shape[1:],
             task.classes,
             rngs=nnx.Rngs(jax.random.key(seed)),
-            hidden=args.hidden,
+            hidden=config.hidden,
             normalized=task.normalized,
-            dtype=args.dtype,
+            dtype=config.dtype,
         )
 
     model = nnx.eval_shape(make_model, 0)
@@ -165,13 +235,6 @@ def make_program(
     for block in model.blocks[:frozen]:
         block.eval()
     trained = nnx.graphdef(model)
-
-    def logits(state, images, index):
-        """Of any number of examples, a part of them at a time."""
-        model = nnx.merge(evaluated, state.params, state.other)
-        parts = jnp.pad(index, (0, -len(index) % EVALUATED_AT_ONCE)).reshape(-1, EVALUATED_AT_ONCE)
-        each = jax.lax.map(lambda part: model(images[part]), parts)
-        return each.reshape(-1, task.classes)[: len(index)]
 
     def temperature(run):
         starts = run.starts * steps - first
@@ -184,8 +247,8 @@ def make_program(
         tx = absgd(
             lambda count: run.learning_rate * rate(first + count),
             temperature(run),
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
             gamma=run.gamma,
         )
         if not frozen:
@@ -202,99 +265,144 @@ def make_program(
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        return State(params, other, optimizer(run).init(params), jnp.int32(0))
+        return TrainState(params, other, optimizer(run).init(params), jnp.int32(0))
 
-    def epoch(state, run, images, number):
-        def step(state, batch):
-            index, key = batch
-            index = jax.lax.with_sharding_constraint(index, sharding(args, "batch"))
-            x, y = images[run.train.index[index]], run.train.label[index]
-            if args.augment:
-                x = augment(x, key)
-
-            def loss_fn(params):
-                model = nnx.merge(trained, params, state.other, copy=True)
-                losses = task.loss(model(x), y, state.step >= second_stage)
-                _, _, other = nnx.split(model, nnx.Param, ...)
-                return tilt(losses, state.opt_state).mean(), (losses, other)
-
-            (value, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-                state.params
-            )
-            updates, opt_state = optimizer(run).update(
-                grads, state.opt_state, state.params, value=value, losses=losses
-            )
-            params = optax.apply_updates(state.params, updates)
-            scalars = diagnostics.summary(
-                losses, state.opt_state, labels=run.train.group[index], num_classes=task.groups
-            )
-            mass = jnp.stack([scalars.pop(f"class_mass/{i}") for i in range(task.groups)])
-            return State(params, other, opt_state, state.step + 1), {"mass": mass, **scalars}
-
+    def shuffle(run, number):
         order_key, augment_key = jax.random.split(
             jax.random.fold_in(jax.random.key(run.seed), number)
         )
-        order = jax.random.permutation(order_key, examples)[: steps * args.batch_size]
-        batches = order.reshape(steps, args.batch_size), jax.random.split(augment_key, steps)
-        state, records = jax.lax.scan(step, state, batches)
-        means = jax.tree.map(lambda r: r.mean(axis=0), records)
+        order = jax.random.permutation(order_key, examples)[: steps * config.batch_size]
+        return order.reshape(steps, config.batch_size), jax.random.split(augment_key, steps)
 
+    def step(state, run, images, batch):
+        index, key = batch
+        index = jax.lax.with_sharding_constraint(index, sharding(config, "batch"))
+        x, y = images[run.train.index[index]], run.train.label[index]
+        if config.augment:
+            x = augment(x, key)
+
+        def loss_fn(params):
+            model = nnx.merge(trained, params, state.other, copy=True)
+            losses = task.loss(model(x), y, run.class_counts, state.step >= second_stage)
+            _, _, other = nnx.split(model, nnx.Param, ...)
+            return tilt(losses, state.opt_state).mean(), (losses, other)
+
+        (value, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        updates, opt_state = optimizer(run).update(
+            grads, state.opt_state, state.params, value=value, losses=losses
+        )
+        params = optax.apply_updates(state.params, updates)
+        scalars = diagnostics.summary(
+            losses, state.opt_state, labels=run.train.group[index], num_classes=task.groups
+        )
+        mass = jnp.stack([scalars.pop(f"class_mass/{i}") for i in range(task.groups)])
+        return TrainState(params, other, opt_state, state.step + 1), {"mass": mass, **scalars}
+
+    def logits(state, images, index):
+        """Of any number of examples, a part of them at a time."""
+        model = nnx.merge(evaluated, state.params, state.other)
+        parts = jnp.pad(index, (0, -len(index) % EVALUATED_AT_ONCE)).reshape(-1, EVALUATED_AT_ONCE)
+        each = jax.lax.map(lambda part: model(images[part]), parts)
+        return each.reshape(-1, task.classes)[: len(index)]
+
+    def accuracy(state, run, images):
         label = run.evaluation.label
         hits = logits(state, images, run.evaluation.index).argmax(axis=-1) == label
         sums = [jnp.zeros(task.classes).at[label].add(x) for x in (hits, jnp.ones(len(label)))]
-        return state, {"accuracy": sums[0] / sums[1], **means}
+        return sums[0] / sums[1]
 
-    def evaluate(state, run, images):
+    def losses(state, run, images):
         each = logits(state, images, run.train.index)
-        return task.loss(each, run.train.label, state.step >= second_stage)
+        return task.loss(each, run.train.label, run.class_counts, state.step >= second_stage)
 
-    return Program(init, epoch, evaluate)
-
-
-class Trained(NamedTuple):
-    history: History
-    losses: Any  # of every training example at the end, [runs, examples]
+    return Program(init, shuffle, step, accuracy, losses)
 
 
-def train(args: argparse.Namespace, name: str, task: Task, runs: list[Run], bar: tqdm) -> Trained:
-    """Trains the runs, ``args.at_once`` of them as one program.
+def run_epoch(
+    program: Program, state: TrainState, run: Run, images: Images, number: int
+) -> tuple[TrainState, History]:
+    """Passes over the data once."""
 
-    What is finished stands in ``args.out`` and is not done again; what isn't is saved there every
-    ``args.checkpoint_every`` seconds, and goes on from there.
+    def step(state, batch):
+        return program.step(state, run, images, batch)
+
+    state, records = jax.lax.scan(step, state, program.shuffle(run, number))
+    means = jax.tree.map(lambda r: r.mean(axis=0), records)
+    return state, {"accuracy": program.accuracy(state, run, images), **means}
+
+
+class Compiled(NamedTuple):
+    """A program for runs that are stacked."""
+
+    init: Callable[[Run], TrainState]
+    epoch: Callable[[TrainState, Run, Images, int], tuple[TrainState, History]]
+    losses: Callable[[TrainState, Run, Images], jax.Array]
+
+
+def compile_program(config: Config, program: Program) -> Compiled:
+    def of_runs(function, in_axes, **kwargs):
+        whole = sharding(config)
+        return jax.jit(jax.vmap(function, in_axes), out_shardings=whole, **kwargs)
+
+    shuffle = of_runs(program.shuffle, (0, None))
+    accuracy = of_runs(program.accuracy, (0, 0, None))
+
+    def step(state, run, images, batches, i):
+        return program.step(state, run, images, jax.tree.map(lambda x: x[i], batches))
+
+    step = of_runs(step, (0, 0, None, 0, None), donate_argnums=0)
+
+    def stepwise(state, runs, images, number):
+        batches, records = shuffle(runs, number), []
+        for i in range(batches[0].shape[1]):
+            state, record = step(state, runs, images, batches, i)
+            records.append(record)
+        means = {k: x.mean(axis=0) for k, x in stack(jax.device_get(records)).items()}
+        return state, {"accuracy": accuracy(state, runs, images), **means}
+
+    epoch = of_runs(functools.partial(run_epoch, program), (0, 0, None, None), donate_argnums=0)
+    # In a loop XLA has no fast kernel for the gradient of a convolution on CPUs.
+    if config.convolves and jax.default_backend() == "cpu":
+        epoch = stepwise
+    return Compiled(of_runs(program.init, 0), epoch, of_runs(program.losses, (0, 0, None)))
+
+
+def train(
+    config: Config, name: str, task: Task, runs: list[Run], *, bar: tqdm, started: str
+) -> Trained:
+    """Trains the runs, some of them as one program.
+
+    What is finished stands in ``config.out`` and is not done again; what isn't is saved there every
+    ``config.checkpoint_every`` seconds, and goes on from there. ``started`` tells what this run
+    made from what an earlier one has left.
     """
 
     @functools.cache
-    def program(frozen: int) -> Program:
+    def program(frozen: int) -> Compiled:
         examples = len(runs[0].train.label)
-        init, epoch, evaluate = make_program(args, task, examples, frozen=frozen)
-        whole = {"out_shardings": sharding(args)}
-        return Program(
-            jax.jit(jax.vmap(init), **whole),
-            jax.jit(jax.vmap(epoch, (0, 0, None, None)), donate_argnums=0, **whole),
-            jax.jit(jax.vmap(evaluate, (0, 0, None)), **whole),
-        )
+        return compile_program(config, make_program(config, task, examples, frozen=frozen))
 
     parts = []
-    for i in range(0, len(runs), args.at_once):
-        done = args.out / "runs" / f"{name}-{i}.npz"
-        folder = args.out / "checkpoints" / done.stem
+    for i in range(0, len(runs), config.runs_at_once):
+        done = config.out / "runs" / f"{name}-{i}.npz"
+        folder = config.out / "checkpoints" / done.stem
         bar.set_description(done.stem)
-        if done.exists():
-            bar.update(args.epochs)
-            history = report.load_arrays(done)
-            losses = history.pop("losses")
+        found = report.load_arrays(done) if done.exists() else {}
+        if found and str(found.pop("started", "")) == started:
+            bar.update(config.epochs)
         else:
-            part = jax.tree.map(lambda *leaves: np.stack(leaves), *runs[i : i + args.at_once])
-            part = jax.device_put(part, sharding(args))
-            with checkpoint_manager(folder) as checkpoints:
-                history, losses = train_part(
-                    args, done.stem, program, part, task.images, bar, checkpoints
-                )
+            if folder.exists() and not config.resume:
+                fail(f"{folder} is in the way, and not of this run: move it, or name another --out")
+            part = jax.tree.map(lambda *x: np.stack(x), *runs[i : i + config.runs_at_once])
+            part = jax.device_put(part, sharding(config))
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
+            with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
+                found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
             if jax.process_index() == 0:
                 done.parent.mkdir(exist_ok=True)
                 with report.replacing(done) as file:
-                    np.savez(file, losses=losses, **history)
-        parts.append(Trained(history, losses))
+                    np.savez(file, started=started, **found)
+        parts.append(Trained(found, found.pop("losses")))
         if jax.process_index() == 0 and folder.exists():
             shutil.rmtree(folder)
     histories, losses = zip(*parts, strict=True)
@@ -302,19 +410,14 @@ def train(args: argparse.Namespace, name: str, task: Task, runs: list[Run], bar:
     return Trained(history, np.concatenate(losses))
 
 
-def checkpoint_manager(folder: pathlib.Path) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-    return ocp.CheckpointManager(folder.absolute(), options=options)
-
-
 def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
     try:
-        checkpoints.save(step, args=ocp.args.StandardSave(jax.tree.leaves(tree)))
+        checkpoints.save(step, args=ocp.args.StandardSave(tree))
     except ValueError as error:  # orbax's, of a disk that is full
         raise OSError(str(error)) from error
 
 
-def restore(checkpoints: ocp.CheckpointManager, step: int) -> list[Any]:
+def restore(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
     try:
         return checkpoints.restore(step, args=ocp.args.StandardRestore())
     except Exception as error:  # of any kind, by the file that is not whole
@@ -325,50 +428,40 @@ def restore(checkpoints: ocp.CheckpointManager, step: int) -> list[Any]:
 
 
 def train_part(
-    args: argparse.Namespace,
+    config: Config,
     name: str,
-    program: Callable[[int], Program],
+    program: Callable[[int], Compiled],
     runs: Run,
     images: Images,
     bar: tqdm,
     checkpoints: ocp.CheckpointManager,
-) -> Trained:
-    """Trains runs that are stacked."""
-
-    def frozen(epoch):
-        return args.fine_tune_from * (epoch >= round(args.second_stage * args.epochs))
-
-    history = []
+) -> dict[str, Any]:
+    """The history of runs that are stacked, and their losses."""
+    state, history = program(config.frozen(0)).init(runs), []
     start = checkpoints.latest_step() or 0
     if start:
-        leaves = restore(checkpoints, start)
-        before = program(frozen(start - 1))
-        like = jax.eval_shape(before.epoch, jax.eval_shape(before.init, runs), runs, images, 0)
-        state, records = jax.tree.unflatten(jax.tree.structure(like), leaves)
-        state = jax.device_put(state, sharding(args))
-        history = [jax.tree.map(lambda x, i=i: x[i], records) for i in range(start)]
+        like = jax.eval_shape(program(config.frozen(start - 1)).init, runs)
+        tree = restore(checkpoints, start)
+        state = jax.tree.unflatten(jax.tree.structure(like), tree["state"])
+        state = jax.device_put(state, sharding(config))
+        history = [{k: x[i] for k, x in tree["history"].items()} for i in range(start)]
         bar.update(start)
-    else:
-        state = program(0).init(runs)
     writers = []
-    if args.tensorboard and jax.process_index() == 0:
+    if config.tensorboard and jax.process_index() == 0:
         from benchmarks.events import EventFile  # which needs what nothing else does
 
-        folders = [args.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
+        folders = [config.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
         writers = [EventFile(folder, start) for folder in folders]
     saved = time.monotonic()
-    for epoch in range(start, args.epochs):
-        if epoch and frozen(epoch) != frozen(epoch - 1):
-            state = state._replace(opt_state=program(frozen(epoch)).init(runs).opt_state)
-        state, record = program(frozen(epoch)).epoch(state, runs, images, epoch)
+    for epoch in range(start, config.epochs):
+        frozen = config.frozen(epoch)
+        if epoch and frozen != config.frozen(epoch - 1):
+            state = state._replace(opt_state=program(frozen).init(runs).opt_state)
+        state, record = program(frozen).epoch(state, runs, images, epoch)
         record = jax.device_get(record)
         history.append(record)
         bar.update()
-        log.info(
-            "%s, epoch %d of %d, accuracies of the runs: lowest %.4f, mean %.4f, highest %.4f",
-            *(name, epoch + 1, args.epochs),
-            *(f(record["accuracy"].mean(axis=1)) for f in (np.min, np.mean, np.max)),
-        )
+        log(config, f"{name}, epoch {epoch + 1} of {config.epochs}", record["accuracy"])
         for i, writer in enumerate(writers):
             scalars = {tag: of_runs[i] for tag, of_runs in record.items()}
             for field in ("accuracy", "mass"):
@@ -376,21 +469,31 @@ def train_part(
                 scalars |= {f"{field}/{group}": value for group, value in each}
             writer.add(epoch, scalars)
         # The first process decides for all.
-        due = stop.is_set() or time.monotonic() - saved >= args.checkpoint_every
+        due = stop.is_set() or time.monotonic() - saved >= config.checkpoint_every
         stopping, due = broadcast_one_to_all((stop.is_set(), due))
         if due:
             for writer in writers:
                 writer.flush()  # what is before the checkpoint is not trained again
-            save(checkpoints, epoch + 1, (state, stack(history)))
+            tree = {"state": jax.tree.leaves(state), "history": stack(history)}
+            save(checkpoints, epoch + 1, tree)
             saved = time.monotonic()
         if stopping:
             raise KeyboardInterrupt
     for writer in writers:
         writer.close()
-    last = program(frozen(args.epochs - 1))
-    losses = jax.device_get(last.evaluate(state, runs, images))
-    return Trained(stack(history), losses)
+    losses = program(config.frozen(config.epochs - 1)).losses(state, runs, images)
+    return {"losses": jax.device_get(losses), **stack(history)}
 
 
-def stack(epochs: list[History]) -> History:
-    return jax.tree.map(lambda *x: np.stack(x), *epochs)
+def log(config: Config, event: str, accuracy: np.ndarray) -> None:
+    """Adds a line to log.txt, with the accuracies [runs, classes]."""
+    if jax.process_index() == 0:
+        low, mean, high = (f(accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max))
+        line = f"lowest {low:.4f}, mean {mean:.4f}, highest {high:.4f}"
+        with (config.out / "log.txt").open("a", encoding="utf-8") as file:
+            now = datetime.datetime.now()
+            print(f"{now:%Y-%m-%d %H:%M:%S} {event}, accuracies of the runs: {line}", file=file)
+
+
+def stack(records: list[History]) -> History:
+    return {k: np.stack([record[k] for record in records]) for k in records[0]}

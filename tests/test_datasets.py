@@ -14,6 +14,7 @@ from benchmarks import datasets
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (5, 4, 3), np.uint8)
 LABELS = np.array([3, 0, 1, 1, 2], np.uint8)
+IMAGE = np.zeros((3, 4, 4, 1), np.uint8)
 
 
 def idx(array):
@@ -198,3 +199,29 @@ def test_missing(tmp_path, name, looked_for, remedy):
         datasets.load(name, tmp_path)
     assert looked_for in str(error.value)
     assert str(tmp_path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "train", "test", "message"),
+    [
+        (IMAGE[:, :3], [0, 1, 1], [0, 1, 1], r"one size, got \(4, 4, 1\) and \(3, 4, 1\)"),
+        (IMAGE, [0, 1, 1], [0, 1, 2], r"got \[0, 1\] and \[0, 1, 2\]"),
+        (IMAGE, [0, 1, 2], [0, 1, 1], r"got \[0, 1, 2\] and \[0, 1\]"),
+        (IMAGE, [0, 2, 2], [0, 2, 2], r"got \[0, 2\] and \[0, 2\]"),
+        (IMAGE, [0, 0, 0], [0, 0, 0], r"two at least, got \[0\] and \[0\]"),
+        (IMAGE[:0], [], [], r"two at least, got \[\] and \[\]"),
+    ],
+)
+def test_splits_that_do_not_belong_together(images, train, test, message):
+    train, test = (np.array(labels, np.int32) for labels in (train, test))
+    with pytest.raises(ValueError, match=message):
+        datasets.check(datasets.Split(IMAGE[: len(train)], train), datasets.Split(images, test))
+
+
+def test_folder_in_the_place_of_a_file(tmp_path):
+    write_idx(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"looked for one file .*train-images"):
+        datasets.load("idx", tmp_path)

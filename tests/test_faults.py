@@ -15,11 +15,11 @@ import pytest
 
 from tests.support.commands import CACHE, load, ROOT, SMALL
 
-OPTIONS = f"{SMALL} --epochs 6 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --at-once 1"
-OPTIONS = [*OPTIONS.split(), "--methods", "balanced_softmax", "--fine-tune-from", "0"]
-OPTIONS += ["--checkpoint-every", "0"]
-EPOCHS = 6 * 8
-SEED, KILLS = 0, 20
+# SGD and ABSGD in programs of two runs, one each for the search and two for the seeds.
+OPTIONS = f"{SMALL} --epochs 4 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --seeds 4"
+OPTIONS += " --at-once 2 --methods balanced_softmax --checkpoint-every 0"
+EPOCHS = 4 * 2 * 3
+SEED = 0
 
 
 class Trainer:
@@ -29,7 +29,7 @@ class Trainer:
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forked"],
             cwd=ROOT,
-            env=os.environ | CACHE | {"OPENBLAS_NUM_THREADS": "1"},
+            env=CACHE | os.environ | {"OPENBLAS_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
@@ -37,7 +37,7 @@ class Trainer:
 
     def start(self, out, *more, resume=True, limit=None):
         more = [*more, *["--resume"] * resume]
-        line = json.dumps([limit, *OPTIONS, *more, "--out", str(out)])
+        line = json.dumps([limit, *OPTIONS.split(), *more, "--out", str(out)])
         self.server.stdin.write(line.encode() + b"\n")
         self.pid = int(self.server.stdout.readline())
 
@@ -81,7 +81,7 @@ def log(out):
 def stopped(trainer, tmp_path):
     """The folder of a run that was interrupted in its first part."""
     trainer.start(tmp_path)
-    while len(log(tmp_path)) < 3:
+    while len(log(tmp_path)) < 2:
         assert not trainer.ends_within(0.01)
     os.kill(trainer.pid, signal.SIGINT)
     assert trainer.end()[0] == 130
@@ -106,7 +106,8 @@ def check(out, whole, cuts, told=None):
     assert len(log(out)) <= EPOCHS + cuts
 
 
-def test_killed(trainer, whole, tmp_path):
+@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed(trainer, whole, tmp_path, times):
     """At random moments of a run's life, from its first breath to the last file it writes."""
     start = time.monotonic()
     assert trainer.run(tmp_path / "timed")[0] == 0
@@ -114,9 +115,9 @@ def test_killed(trainer, whole, tmp_path):
 
     rng, kills, out = np.random.default_rng(SEED), [], tmp_path / "0"
     cuts = 0  # of the run in this folder
-    while len(kills) < KILLS or cuts:
+    while len(kills) < times or cuts:
         trainer.start(out)
-        moment = rng.uniform(0, life) if len(kills) < KILLS else None
+        moment = rng.uniform(0, life) if len(kills) < times else None
         if not trainer.ends_within(moment):
             with contextlib.suppress(ProcessLookupError):  # it may end this very moment
                 os.kill(trainer.pid, signal.SIGKILL)

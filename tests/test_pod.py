@@ -37,6 +37,9 @@ ENTRY %main (x: bf16[8,4], w: bf16[4], c: f32[]) -> f32[] {
 """
 
 
+QUICKLY = {"xla_backend_optimization_level": 0}  # which a module's text doesn't depend on
+
+
 def test_collectives_of_a_module():
     assert pod.collectives(HLO) == [
         ("all-reduce", 4, True),
@@ -50,7 +53,7 @@ class TestStep:
     work = steps.make_work("mlp", 1)
 
     def prepare(self, form):
-        return pod.prepare(self.work, form, steps.make_mesh(8), rows=16)
+        return pod.prepare(self.work, form, steps.make_mesh(jax.devices()[:2]), rows=128)
 
     @pytest.mark.parametrize(
         ("form", "collectives", "awaited", "scalars", "more"),
@@ -67,7 +70,7 @@ class TestStep:
         parameters = sum(p.size for p in jax.tree.leaves(self.work.params))
         for name, most in ((steps.FORMS[form], 0), (form, more)):
             step, state, batch = self.prepare(name)
-            found = pod.collectives(step.lower(state, batch).compile().as_text())
+            found = pod.collectives(step.lower(state, batch).compile(QUICKLY).as_text())
             assert len(found) == collectives
             assert sum(c.awaited for c in found) == awaited
             assert 0 <= sum(c.bytes for c in found) - 4 * (parameters + scalars) <= 4 * most
@@ -75,7 +78,7 @@ class TestStep:
     def test_automatic_on_global_arrays(self):
         """There its sums are of the whole batch, one after the other; nothing waits for them."""
         step, state, batch = self.prepare("automatic")
-        found = pod.collectives(step.lower(state, batch).compile().as_text())
+        found = pod.collectives(step.lower(state, batch).compile(QUICKLY).as_text())
         assert 1 < len(found) <= 4
         assert not any(c.awaited for c in found)
 
@@ -84,7 +87,7 @@ class TestStep:
         step, state, batch = self.prepare(form)
         exported = export.export(step, platforms=["tpu", "cuda"])(state, batch)
         assert exported.platforms == ("tpu", "cuda")
-        assert exported.nr_devices == 8
+        assert exported.nr_devices == 2
         # Under jit it is the compiler that places them.
         assert ("stablehlo.all_reduce" in exported.mlir_module()) == (form != "absgd")
 
@@ -98,7 +101,7 @@ if importlib.util.find_spec("libtpu"):
         done = commands.run("benchmarks.pod", "--out", tmp_path, *options)
         assert done.returncode == 0, done.stderr_text
         table = (tmp_path / "table.md").read_text()
-        assert table in done.stdout_text
+        assert done.stdout_text.strip() in table
         results = commands.load(tmp_path)
         forms = ("sgd_shard_map", "shard_map", "shard_map_automatic", "sgd", "absgd", "automatic")
         assert list(results) == [

@@ -1,25 +1,28 @@
 """What a step of ABSGD costs by the compiler's count; what it is compared with is sound."""
 
-import argparse
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import meta, speed, steps
+from benchmarks import meta, models, speed, steps
 from benchmarks.steps import Batch, FORMS, State, Work
 from tests.support import commands
 
+QUICKLY = {"xla_backend_optimization_level": 0}  # which the compiler's figures don't depend on
+
 
 @functools.cache
-def figures(model, form):
-    """The compiler's, and the bytes of the optimiser's state."""
-    step, state, batch = speed.prepare(steps.make_work(model, 128), form)
-    size = sum(x.nbytes for x in jax.tree.leaves(state.opt_state))
-    return speed.figures(step.lower(state, batch).compile()) | {"state": size}
+def prepare(model, name):
+    """On two devices the compiled step, its figures, and what to call it with, once."""
+    step, *inputs = speed.prepare(steps.make_work(model, 256), name, devices=2)
+    compiled = step.lower(*inputs).compile(QUICKLY)
+    return compiled, speed.figures(compiled, *inputs), inputs
 
 
 @pytest.mark.usefixtures("users_promotion")
@@ -30,11 +33,12 @@ class TestSteps:
             # A product for each parameter, beside the two products for each example.
             *(("mlp", form, 1.002, 1.002) for form in FORMS if form != "accumulate"),
             ("mlp", "accumulate", 1.01, 1.01),  # MultiSteps multiplies, too; the oldest, less
-            ("resnet32", "absgd", 1.0001, 1.0001),
+            pytest.param("resnet32", "absgd", 1.0001, 1.0001, marks=pytest.mark.slow),
         ],
     )
     def test_cost(self, model, form, flops, bytes_accessed):
-        sgd, absgd = figures(model, FORMS[form]), figures(model, form)
+        _, sgd, _ = prepare(model, FORMS[form])
+        _, absgd, _ = prepare(model, form)
         assert absgd["flops"] <= flops * sgd["flops"]
         assert absgd["bytes_accessed"] <= bytes_accessed * sgd["bytes_accessed"]
         # Micro-batches bring their value and what their losses sum up to; see AccumulateState.
@@ -42,12 +46,12 @@ class TestSteps:
         assert absgd["state"] - sgd["state"] == 4 * 5 + more
 
     def test_forms_train_alike(self):
-        work = steps.make_work("mlp", 16)
-        start = jax.tree.leaves(work.params)
+        start = jax.tree.leaves(steps.make_work("mlp", 1).params)
 
         @functools.cache
         def train(form):
-            step, state, batch = speed.prepare(work, form, devices=2)
+            step, _, (state, batch) = prepare("mlp", form)
+            state = jax.tree.map(jnp.copy, state)
             for _ in range(2 * (steps.EVERY_K if form in ("sgd_multi_steps", "accumulate") else 1)):
                 state = step(state, batch)
             leaves = jax.tree.leaves(state.params)
@@ -94,6 +98,21 @@ class TestMeta:
     def losses(params, batch):
         return (batch.inputs @ params - batch.labels) ** 2
 
+    def run(self, algorithm, theta, clean=clean):
+        """The weights, and the new Θ."""
+
+        @jax.jit
+        def run(params, theta):
+            weights, theta = algorithm(
+                lambda params: self.losses(params, self.train),
+                lambda params: self.losses(params, clean).mean(),
+                params,
+                theta,
+            )
+            return weights(self.losses(params, self.train)), theta
+
+        return run(self.params, theta)
+
     def clean_loss_ahead(self, weights):
         """By NumPy: after a step of SGD on the weighted losses."""
         x, y, _ = self.train
@@ -110,16 +129,16 @@ class TestMeta:
         )
         expected = np.maximum(-slopes, 0)
         assert 0 < np.sum(expected > 0) < 8
-        weights, theta = algorithm(self.losses, self.params, None, self.train, self.clean)
+        weights, theta = self.run(algorithm, None)
         assert theta is None
-        np.testing.assert_allclose(weights(None), expected / expected.sum(), rtol=1e-6)
+        np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-6)
 
     @pytest.mark.parametrize("algorithm", [meta.l2rw, meta.l2rw_forward])
     def test_nothing_helps(self, x64, algorithm):
         """At the minimum of the clean loss all weights are 0, and not NaN."""
         clean = self.clean._replace(labels=self.clean.inputs @ self.params)
-        weights, _ = algorithm(self.losses, self.params, None, self.train, clean)
-        np.testing.assert_array_equal(weights(None), np.zeros(8))
+        weights, _ = self.run(algorithm, None, clean)
+        np.testing.assert_array_equal(weights, np.zeros(8))
 
     def test_meta_weight_net(self, x64):
         theta = meta.init_weight_net(jax.random.key(0))
@@ -130,7 +149,7 @@ class TestMeta:
             weights = 1 / (1 + np.exp(-(hidden @ theta["w2"] + theta["b2"])[:, 0]))
             return self.clean_loss_ahead(weights / 8), weights / 8
 
-        weights, new = meta.meta_weight_net(self.losses, self.params, theta, self.train, self.clean)
+        weights, new = self.run(meta.meta_weight_net, theta)
         for name, index in (("w1", (0, 3)), ("b1", 5), ("w2", (7, 0)), ("b2", 0)):
             ends = []
             for sign in (1, -1):
@@ -140,21 +159,19 @@ class TestMeta:
             slope = (ends[0] - ends[1]) / 2e-3
             step = (new[name] - theta[name])[index]
             np.testing.assert_allclose(step, -meta.META_RATE * slope, rtol=1e-5, atol=1e-14)
-        np.testing.assert_allclose(weights(jnp.asarray(losses)), clean_loss(new)[1], rtol=1e-10)
+        np.testing.assert_allclose(weights, clean_loss(new)[1], rtol=1e-10)
 
     @pytest.mark.parametrize("name", meta.ALGORITHMS)
     def test_step(self, x64, name):
         """SGD on the losses in their weights."""
         work = Work(lambda p, other, batch: (self.losses(p, batch), other), self.params, None, None)
-        state, step = meta.make_step(work, name)
+        step, state, *_ = meta.make_step(work, name)
         theta = state.opt_state[0]
-        weights, new = meta.ALGORITHMS[name](
-            self.losses, self.params, theta, self.train, self.clean
-        )
-        after = step(state, self.train, self.clean)
+        weights, new = self.run(meta.ALGORITHMS[name], theta)
+        after = jax.jit(step)(state, self.train, self.clean)
         x, y, _ = self.train
         residual = x @ self.params - y
-        grads = 2 * (weights(jnp.asarray(residual**2)) * residual) @ x
+        grads = 2 * (weights * residual) @ x
         np.testing.assert_allclose(after.params, self.params - steps.RATE * grads, rtol=1e-10)
         assert isinstance(after, State)
         jax.tree.map(np.testing.assert_array_equal, after.opt_state[0], new)
@@ -165,69 +182,93 @@ class TestMeta:
     ("name", "least"), [("l2rw", 3), ("l2rw_forward", 2.5), ("meta_weight_net", 3)]
 )
 def test_cost_of_learnt_weights(name, least):
-    step, *inputs = speed.prepare_meta(steps.make_work("mlp", 128), name)
-    learnt = speed.figures(step.lower(*inputs).compile())
-    assert least < learnt["flops"] / figures("mlp", "absgd")["flops"] < least + 0.5
+    (_, learnt, _), (_, absgd, _) = prepare("mlp", name), prepare("mlp", "absgd")
+    assert least < learnt["flops"] / absgd["flops"] < least + 0.5
 
 
 def test_parameters_for_torch():
     """PyTorch has outputs first, images with channels first, and other names."""
-    work = steps.make_work("resnet32", 1)
-    arrays = speed.torch_parameters(work.params)
+    network = nnx.eval_shape(
+        lambda: models.make_model("resnet32", (32, 32, 3), 10, rngs=nnx.Rngs(0))
+    )
+    params = jax.tree.map(
+        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), nnx.state(network, nnx.Param)
+    )
+    arrays = speed.torch_parameters(params)
     assert len(arrays) == 1 + 2 + 15 * 2 * 3 + 2
     assert arrays["blocks.0.0.conv.weight"].shape == (16, 3, 3, 3)
     assert arrays["blocks.2.4.second.norm.bias"].shape == (32,)
     assert arrays["head.weight"].shape == (10, 64)
-    kernel = work.params["blocks"][2]["layers"][0]["first"]["conv"]["kernel"][...]
+    kernel = params["blocks"][2]["layers"][0]["first"]["conv"]["kernel"][...]
     np.testing.assert_array_equal(
         arrays["blocks.2.0.first.conv.weight"][5, 3, 2, 1], kernel[2, 1, 3, 5]
     )
 
 
-def test_no_tokens_beside_torch():
-    """One loss an image: there is no network of tokens in the authors' package."""
-    args = argparse.Namespace(
-        parts=["torch"], models=list(steps.MODELS), losses=[1], parameters=[1], devices=[1]
-    )
-    assert [size for _, _, size in speed.make_jobs(args)] == ["mlp", "cnn", "resnet32"]
+def test_jobs():
+    found = speed.make_jobs(speed.Config(forms=("masked", "automatic", "absgd"), devices=(1, 2)))
+    jobs = [(part, *args) for part, _, *args in found]
+    assert jobs[:2] == [
+        ("sgd", "mlp", ["sgd", "absgd", "automatic"]),
+        ("sgd", "mlp", ["sgd_masked", "masked"]),
+    ]
+    # One loss an image: there is no network of tokens in the authors' package.
+    images = ("mlp", "cnn", "resnet32")
+    assert [job for job in jobs if job[0] == "torch"] == [("torch", model) for model in images]
+    learnt = ["absgd", "l2rw", "l2rw_forward", "meta_weight_net"]
+    assert ("meta", "transformer", learnt) in jobs
+    assert jobs[-2:] == [("growth", "devices", 1), ("growth", "devices", 2)]
 
 
-def test_speed(tmp_path):
-    """Beside an interpreter that answers as one with PyTorch does, but can't compile."""
-    torch, out = tmp_path / "python", tmp_path / "out"
-    torch.write_text(
+def test_devices():
+    jobs = speed.devices(speed.Config(batch_size=3), 2)
+    assert list(jobs) == ["sgd_shard_map", "shard_map", "shard_map_automatic"]
+    for _, state, batch in jobs.values():
+        assert all(len(x.sharding.device_set) == 2 for x in jax.tree.leaves(state))
+        assert [x.data.shape for x in batch.labels.addressable_shards] == [(3,), (3,)]
+
+
+@pytest.fixture
+def torch(tmp_path):
+    """An interpreter that answers as one with PyTorch does, but can't compile."""
+    path = tmp_path / "python"
+    path.write_text(
         "#!/bin/sh\n"
         'case "$*" in *--compile*) echo "No module named torch" >&2; exit 1;; esac\n'
         """echo '{"torch": "2", "device": "cpu", "loss": 2.5}'\n"""
         "while read line; do echo 123.0; done\n"
     )
-    torch.chmod(0o755)
-    options = "--forms absgd --models mlp --losses 1024 --parameters 1e4 --devices 2 --repeats 2"
-    options += " --seconds 1e-3 --compilations 1 --batch-size 8"
-    done = commands.run(
-        *("benchmarks.speed", *options.split(), "--torch-python", torch, "--out", out),
-        JAX_PLATFORMS="cpu",
-    )
-    assert done.returncode == 0, done.stderr_text
-    table = (out / "table.md").read_text()
-    assert table in done.stdout_text
-    assert "python -m benchmarks.speed" in table.splitlines()[0]
+    path.chmod(0o755)
+    return path
+
+
+def cells(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+
+
+@pytest.mark.usefixtures("users_promotion")
+def test_speed(tmp_path, monkeypatch, capsys, torch):
+    monkeypatch.delitem(speed.GROWING, "devices")
+    options = "--parts sgd torch growth --forms absgd --models mlp --losses 1024 --parameters 10000"
+    options += " --repeats 2 --seconds 1e-3 --compilations 1 --batch-size 8"
+    options += f" --torch-python {torch} --out {tmp_path / 'out'}"
+    monkeypatch.setattr(sys, "argv", ["speed", *options.split()])
+    cached = jax.config.jax_enable_compilation_cache
+    speed.main()
+    jax.config.update("jax_enable_compilation_cache", cached)
+
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert capsys.readouterr().out.strip() in table
     assert f"jax {jax.__version__}" in table
     assert "n = 2 times" in table
-    assert commands.load(out, "config")["machine"]["devices"] == ["cpu"]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    row = {(r[0], r[1]): r[2:] for r in rows if r}
-
-    results = commands.load(out)
+    rows = cells(table)
+    results = commands.load(tmp_path / "out")
     ours = "absgd_jax, an epoch a call"
-    growing = ("1,024 losses", "10,000 parameters", "2 devices")
     assert list(results) == [
         *(f"sgd, mlp, {form}" for form in ("sgd", "absgd")),
         *(f"torch, mlp, {name}" for name in (ours, "absgd, eager", "absgd, compiled")),
-        *(f"meta, mlp, {name}" for name in ("absgd", *meta.ALGORITHMS)),
-        *(f"growth, {growing[0]}, {x}" for x in ("copy", "softmax", "tilt", "value_and_grad")),
-        *(f"growth, {growing[1]}, {name}" for name in ("traffic", "sgd", "absgd")),
-        *(f"growth, {growing[2]}, {name}" for name in speed.ON_DEVICES),
+        *(f"growth, 1,024 losses, {x}" for x in ("copy", "softmax", "tilt", "value_and_grad")),
+        *(f"growth, 10,000 parameters, {name}" for name in ("traffic", "sgd", "absgd")),
     ]
     sgd, absgd = (results[f"sgd, mlp, {form}"] for form in ("sgd", "absgd"))
     assert next(r for r in rows if r[:3] == ["mlp", "absgd", "sgd"])[3:7] == [
@@ -240,14 +281,31 @@ def test_speed(tmp_path):
     )
     assert eager["seconds"] == [123, 123]
     assert eager["images"] == here["images"]
-    beside, images, time, loss, _ = row["mlp", "absgd, eager"]
+    beside, images, time, loss, _ = next(r for r in rows if r[:2] == ["mlp", "absgd, eager"])[2:]
     assert (beside, images, loss) == (ours, f"{eager['images'] / 123:,.0f}", "2.50000")
     expected = np.median(np.divide(123, here["seconds"]))  # whose digits are cut in the file
     np.testing.assert_allclose(float(time.split()[0]), expected, rtol=1e-4)
     assert "seconds" not in compiled
-    assert row["mlp", "absgd, compiled"][-1] == "No module named torch"
+    assert (
+        next(r for r in rows if r[:2] == ["mlp", "absgd, compiled"])[-1] == "No module named torch"
+    )
+    assert all(len(r["compilation"]) == 1 for r in (sgd, absgd))
     assert all(
         len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in results.values() if "seconds" in r
     )
-    for name in speed.PARTS:
-        assert matplotlib.image.imread(out / f"{name}.png").std() > 0.05
+    for name in ("sgd", "torch", "growth"):
+        assert matplotlib.image.imread(tmp_path / "out" / f"{name}.png").std() > 0.05
+
+
+@pytest.mark.slow
+def test_devices_are_counted_anew(tmp_path):
+    """In a process that has but one; on a terminal of ASCII."""
+    options = "--parts growth --losses 1 --parameters 1 --devices 2 --repeats 1 --seconds 1e-3"
+    env = {"JAX_PLATFORMS": "cpu", "PYTHONIOENCODING": "ascii"}
+    done = commands.run("benchmarks.speed", *options.split(), "--out", tmp_path, **env)
+    assert done.returncode == 0, done.stderr_text
+    table = (tmp_path / "table.md").read_text()
+    assert done.stdout_text.strip() in table
+    assert "python -m benchmarks.speed" in table.splitlines()[0]
+    assert commands.load(tmp_path, "config")["machine"]["devices"] == ["cpu"]
+    assert "growth, 2 devices, shard_map" in commands.load(tmp_path)

@@ -1,4 +1,6 @@
-import argparse
+import dataclasses
+import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,33 +11,27 @@ from flax import nnx
 from tqdm import tqdm
 
 from benchmarks import comparison, datasets, models, training
+from tests.support import reference
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
 
-DEFAULTS = {
-    "model": "linear",
-    "hidden": [8],
-    "dtype": "float32",
-    "epochs": 3,
-    "batch_size": 32,
-    "augment": False,
-    "second_stage": 0.7,
-    "fine_tune_from": 0,
-    "schedule": "constant",
-    "milestones": [0.5],
-    "decay": 0.1,
-    "warm_up": 0.0,
-    "momentum": 0.9,
-    "weight_decay": 1e-3,
-    "gamma": 0.5,
-    "at_once": 10,
-    "checkpoint_every": 1e9,
-    "tensorboard": False,
-    "devices": 1,
-}
+CONFIG = training.Config(
+    out=pathlib.Path("unused"),
+    model="linear",
+    hidden=(8,),
+    epochs=3,
+    second_stage=0.7,
+    schedule="constant",
+    warm_up=0.0,
+    weight_decay=1e-3,
+    gamma=0.5,
+    checkpoint_every=1e9,
+    devices=1,
+)
+EXAMPLES = 200
 
 
-def cross_entropy(logits, labels, late):
+def cross_entropy(logits, labels, class_counts, late):
     """Doubled in the second stage."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return jnp.where(late, 2 * losses, losses)
@@ -46,55 +42,56 @@ def digits():
     return datasets.load("digits")
 
 
+def make_task(config, digits):
+    return training.Task(comparison.on_device(config, *digits), 10, 2, cross_entropy)
+
+
 def fit(tmp_path, digits, runs, **options):
     """What the trainer makes of runs on 200 digits, evaluated on 100."""
-    args = argparse.Namespace(**DEFAULTS | options, out=tmp_path)
-    task = training.Task(comparison.on_device(args, *digits), cross_entropy, 10, 2, False)
-    (tmp_path / "checkpoints").mkdir(parents=True, exist_ok=True)
+    tmp_path.mkdir(exist_ok=True)
+    config = dataclasses.replace(CONFIG, out=tmp_path, **options)
     with tqdm(disable=True) as bar:
-        return training.train(args, "fit", task, runs, bar)
+        task = make_task(config, digits)
+        return training.train(config, "fit", task, runs, bar=bar, started="now")
 
 
 def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(0,), ess=None):
     train, test = digits
-    index = np.arange(200, dtype=np.int32)
-    evaluated = np.arange(100, dtype=np.int32)
-    labels = train.labels[:200]
+    labels, tested = train.labels[:EXAMPLES], test.labels[:100]
     return training.Run(
         np.int32(seed),
         np.float32(learning_rate),
-        np.float32(DEFAULTS["gamma"]),
+        np.float32(CONFIG.gamma),
         np.float32(temperatures),
         np.int32(starts),
         None if ess is None else np.float32(ess),
-        training.Examples(index, labels, labels % 2),
-        training.Examples(evaluated + len(train.labels), test.labels[:100], test.labels[:100]),
+        training.Examples(np.arange(EXAMPLES, dtype=np.int32), labels, labels % 2),
+        training.Examples(np.arange(100, dtype=np.int32) + len(train.labels), tested, tested),
+        np.bincount(labels, minlength=10),
     )
 
 
-def numpy_run(digits, run, args):
+def numpy_run(digits, run):
     """A linear classifier trained by the published algorithm, in plain NumPy and float64."""
     train, test = digits
     mean, std = train.images.mean(), train.images.std()
     pixels, tested = (((s.images - mean) / std).reshape(-1, 64) for s in (train, test))
     model = models.make_model("linear", (8, 8, 1), 10, rngs=nnx.Rngs(jax.random.key(run.seed)))
-    w = np.float64(model.head.kernel[...]), np.float64(model.head.bias[...])
-    m, baseline, averaged = [0.0, 0.0], 0.0, 0
-    steps, size, gamma = 200 // args["batch_size"], args["batch_size"], args["gamma"]
-    begin = run.starts[-1] * steps
+    params = {"w": np.float64(model.head.kernel[...]), "b": np.float64(model.head.bias[...])}
+    update = reference.sgd(run.learning_rate, CONFIG.weight_decay)
+    steps, size = EXAMPLES // CONFIG.batch_size, CONFIG.batch_size
     lam = tuned = run.temperatures[-1]
-    history, count = [], 0
-    for epoch in range(args["epochs"]):
+    baseline, averaged, count, history = None, 0, 0, []
+    for epoch in range(CONFIG.epochs):
         key = jax.random.fold_in(jax.random.key(run.seed), epoch)
-        order = np.array(jax.random.permutation(jax.random.split(key)[0], 200))
+        order = np.array(jax.random.permutation(jax.random.split(key)[0], EXAMPLES))
+        factor = 2 if epoch >= round(CONFIG.second_stage * CONFIG.epochs) else 1
         record = []
-        for i in range(steps):
-            batch = order[i * size : (i + 1) * size]
+        for batch in order[: steps * size].reshape(steps, size):
             x, y = pixels[batch], run.train.label[batch]
-            z = x @ w[0] + w[1]
-            z -= z.max(axis=1, keepdims=True)
-            p = np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
-            factor = 2 if count >= round(args["second_stage"] * args["epochs"]) * steps else 1
+            z = x @ params["w"] + params["b"]
+            p = np.exp(z - z.max(axis=1, keepdims=True))
+            p /= p.sum(axis=1, keepdims=True)
             losses = -factor * np.log(p[np.arange(size), y])
             if run.ess is None:
                 stage = np.sum(count >= run.starts * steps)
@@ -102,48 +99,27 @@ def numpy_run(digits, run, args):
             else:
                 lam = tuned
             log_normalizer = baseline / lam if averaged else 0.0
-            damping = 1.0
-            if np.isinf(lam):
-                weights = shares = np.full(size, 1 / size)
-            else:
-                # When λ changes, λ log u is what stays.
-                u = np.exp(baseline / lam) if averaged else 0.0
-                averaged += 1
-                # As in Adam, where λ is automatic; as published, where it is not.
-                newest = gamma if run.ess is None else gamma / (1 - (1 - gamma) ** averaged)
-                u = (1 - newest) * u + newest * np.exp(losses / lam).mean()
-                baseline = lam * np.log(u)
-                weights = np.exp(losses / lam) / (size * u)
-                shares = weights / weights.sum()
-                chi2 = size * np.sum(shares**2) - 1
-                if run.ess is not None and lam > 0:
-                    damping = 1 + 2 * np.sqrt(chi2)
-            if run.ess is not None and count + 1 >= begin:
-                target = 1 / np.float64(run.ess) - 1
-                if np.isinf(lam):
-                    # Where a normal distribution of the losses would be on target.
-                    size_of_lam = np.sqrt(losses.var() / target)
-                else:
-                    size_of_lam = abs(lam) * (chi2 / target) ** 0.1
-                tuned = np.copysign(size_of_lam, run.temperatures[-1])
+            averaged += np.isfinite(lam)
+            # As in Adam, where λ is automatic; as published, where it is not.
+            gamma = CONFIG.gamma if run.ess is None else reference.debiased(CONFIG.gamma, averaged)
+            weights, baseline = reference.weigh(losses, baseline, lam, gamma)
+            shares, damping = weights / weights.sum(), 1.0
+            if run.ess is not None:
+                following, damping = reference.tune(losses, lam, ess=np.float64(run.ess))
+                if count + 1 >= run.starts[-1] * steps:
+                    tuned = following
             grad_z = factor / damping * weights[:, None] * (p - np.eye(10)[y])
-            grads = x.T @ grad_z, grad_z.sum(axis=0)
-            m = [
-                args["momentum"] * mi + g + args["weight_decay"] * wi
-                for mi, g, wi in zip(m, grads, w, strict=True)
-            ]
-            w = [wi - run.learning_rate * mi for wi, mi in zip(w, m, strict=True)]
+            params = update(params, {"w": x.T @ grad_z, "b": grad_z.sum(axis=0)})
             odd = run.train.group[batch] == 1
-            mass = shares[~odd].sum(), shares[odd].sum()
             scalars = losses.mean(), 1 / (size * np.sum(shares**2)), lam, log_normalizer
-            record.append((*scalars, *mass))
+            record.append((*scalars, shares[~odd].sum(), shares[odd].sum()))
             count += 1
-        hits = (tested[:100] @ w[0] + w[1]).argmax(axis=1) == test.labels[:100]
+        hits = (tested[:100] @ params["w"] + params["b"]).argmax(axis=1) == test.labels[:100]
         accuracy = [hits[test.labels[:100] == c].mean() for c in range(10)]
         history.append((*np.mean(record, axis=0), *accuracy))
-    z = pixels[:200] @ w[0] + w[1]
+    z = pixels[:EXAMPLES] @ params["w"] + params["b"]
     log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return np.array(history), -2 * log_p[np.arange(200), run.train.label]
+    return np.array(history), -2 * log_p[np.arange(EXAMPLES), run.train.label]
 
 
 SCALARS = "mean_loss", "effective_sample_size", "temperature", "log_normalizer"
@@ -171,7 +147,7 @@ def test_training_is_the_published_algorithm(tmp_path, digits, settings):
     ]
     trained = fit(tmp_path, digits, runs)
     for i, run in enumerate(runs):
-        history, losses = numpy_run(digits, run, DEFAULTS)
+        history, losses = numpy_run(digits, run)
         found = jax.tree.map(lambda x, i=i: x[:, i], trained.history)
         for name, column in zip(SCALARS, history.T, strict=False):
             np.testing.assert_allclose(found[name], column, rtol=1e-4, err_msg=name)
@@ -190,10 +166,10 @@ def test_in_parts_and_on_several_devices(tmp_path, digits):
 
 @pytest.mark.parametrize("schedule", ["step", "cosine", "constant"])
 def test_schedule(schedule):
-    args = argparse.Namespace(
-        **DEFAULTS | {"schedule": schedule, "warm_up": 0.1, "milestones": [0.5, 0.9]}
+    config = dataclasses.replace(
+        CONFIG, schedule=schedule, warm_up=0.1, milestones=(0.5, 0.9), decay=0.1
     )
-    rate = training.schedule(args, 100)
+    rate = training.schedule(config, 100)
     found = [float(rate(step)) for step in (0, 5, 10, 49, 50, 89, 90, 99)]
     cosine = [(1 + np.cos(np.pi * (step - 10) / 90)) / 2 for step in (49, 50, 89, 90, 99)]
     wanted = {
@@ -265,20 +241,27 @@ def test_resnet_layers():
     np.testing.assert_array_equal(block(x), wanted)
 
 
+def test_warm_up_to_the_end():
+    config = dataclasses.replace(CONFIG, schedule="cosine", warm_up=0.999)
+    np.testing.assert_allclose([training.schedule(config, 10)(i) for i in (0, 9)], [0, 0.9])
+
+
 def test_fine_tuning(tmp_path, digits):
     """From the second stage on, the lower blocks are as they were; before, nothing is frozen."""
-    args = argparse.Namespace(**DEFAULTS | {"model": "mlp", "hidden": [8, 8]}, out=tmp_path)
-    args.fine_tune_from = 1
-    task = training.Task(comparison.on_device(args, *digits), cross_entropy, 10, 2, False)
-    run = jax.tree.map(jnp.asarray, make_run(digits, 0, temperatures=(5.0,), starts=(2,)))
-    first, second = (training.make_program(args, task, 200, frozen=k) for k in (0, 1))
+    options = {"model": "mlp", "hidden": (8, 8), "fine_tune_from": 1}
+    config = dataclasses.replace(CONFIG, **options)
+    task = make_task(config, digits)
+    stacked = make_run(digits, 0, temperatures=(5.0,), starts=(2,))
+    run = jax.tree.map(jnp.asarray, stacked)
+    first, second = (training.make_program(config, task, EXAMPLES, frozen=k) for k in (0, 1))
     state = first.init(run)
     states = [state]
     for epoch in range(3):
         if epoch == 2:
             state = state._replace(opt_state=second.init(run).opt_state)
         program = second if epoch == 2 else first
-        state, _ = jax.jit(program.epoch)(state, run, task.images, epoch)
+        of_program = functools.partial(training.run_epoch, program)
+        state, _ = jax.jit(of_program)(state, run, task.images, epoch)
         states.append(state)
 
     def changed(before, after):
@@ -295,29 +278,45 @@ def test_fine_tuning(tmp_path, digits):
     assert len(jax.tree.leaves(state.opt_state)) < len(jax.tree.leaves(states[0].opt_state))
 
     # The trainer does the same.
-    stacked = fit(
-        tmp_path,
-        digits,
-        [make_run(digits, 0, temperatures=(5.0,), starts=(2,))],
-        model="mlp",
-        hidden=[8, 8],
-        fine_tune_from=1,
-    )
-    losses = jax.jit(second.evaluate)(state, run, task.images)
-    np.testing.assert_allclose(stacked.losses[0], losses, rtol=1e-3, atol=1e-5)
+    trained = fit(tmp_path, digits, [stacked], **options)
+    losses = jax.jit(second.losses)(state, run, task.images)
+    np.testing.assert_allclose(trained.losses[0], losses, rtol=1e-3, atol=1e-5)
     # Its optimiser is a new one, but λ goes by the epochs of them all.
-    np.testing.assert_array_equal(stacked.history["temperature"][:, 0], [np.inf, np.inf, 5])
+    np.testing.assert_array_equal(trained.history["temperature"][:, 0], [np.inf, np.inf, 5])
 
 
-def test_frozen_blocks_keep_their_statistics(tmp_path, digits):
-    args = argparse.Namespace(**DEFAULTS | {"model": "resnet32", "augment": True}, out=tmp_path)
-    task = training.Task(comparison.on_device(args, *digits), cross_entropy, 10, 2, False)
+def test_fine_tuning_from_the_start(tmp_path, digits):
+    options = {"model": "mlp", "fine_tune_from": 1, "second_stage": 0.0, "epochs": 1}
+    trained = fit(tmp_path, digits, [make_run(digits)], **options)
+    assert np.all(np.isfinite(trained.losses))
+
+
+def test_frozen_blocks_keep_their_statistics(digits):
+    """In a step of a ResNet, augmented."""
+    config = dataclasses.replace(CONFIG, model="resnet32", augment=True, batch_size=2)
+    task = make_task(config, digits)
     assert task.images.pixels.shape[1:] == (32, 32, 1)
-    program = training.make_program(args, task, 32, frozen=2)
+    program = training.make_program(config, task, 2, frozen=2)
     run = jax.tree.map(jnp.asarray, make_run(digits))
-    run = run._replace(train=jax.tree.map(lambda x: x[:32], run.train))
     before = program.init(run)
-    after, _ = jax.jit(program.epoch)(before, run, task.images, 0)
+    batch = jnp.arange(2), jax.random.key(0)
+    after, _ = jax.jit(program.step)(before, run, task.images, batch)
     for i in range(4):
         pairs = zip(*(jax.tree.leaves(s.other["blocks"][i]) for s in (before, after)), strict=True)
         assert {bool(jnp.any(a != b)) for a, b in pairs} == {i >= 2}
+
+
+def test_convolutions_train_a_step_a_call(digits, monkeypatch):
+    """On CPUs, and there alone; to the same end as in a loop."""
+    convolve = {model: dataclasses.replace(CONFIG, model=model).convolves for model in models.NAMES}
+    assert convolve == {"linear": False, "mlp": False, "cnn": True, "resnet32": True}
+    monkeypatch.setattr(training.Config, "convolves", property(lambda _: True))  # quick to compile
+    task, runs = make_task(CONFIG, digits), jax.tree.map(lambda x: x[None], make_run(digits))
+    program, results = training.make_program(CONFIG, task, EXAMPLES), []
+    for backend in ("cpu", "gpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        compiled = training.compile_program(CONFIG, program)
+        assert hasattr(compiled.epoch, "lower") == (backend == "gpu")  # as one jitted function
+        results.append(compiled.epoch(compiled.init(runs), runs, task.images, 0))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

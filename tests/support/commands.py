@@ -9,7 +9,7 @@ import sys
 ROOT = pathlib.Path(__file__).parents[2]
 CACHE = {
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
 
@@ -18,7 +18,7 @@ def start(*args, **env):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, args)],
         cwd=ROOT,
-        env=os.environ | CACHE | env,
+        env=CACHE | os.environ | env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -1,7 +1,8 @@
-"""The benchmarks run, as a user runs them, and write what they say."""
+"""The comparisons run as a user runs them, and write what they say."""
 
 import re
 import socket
+import sys
 import time
 
 import matplotlib.image
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import comparison, longtail
+from benchmarks import comparison, longtail, noise, sweep, training
 from tests.support.commands import load, run, SMALL, start
 
 
@@ -17,27 +18,41 @@ def pictures(out):
     return {path.name: matplotlib.image.imread(path).std() for path in out.glob("*.png")}
 
 
+@pytest.fixture
+def compare(tmp_path, monkeypatch, capsys, users_promotion):
+    """Runs a comparison; what it printed, and its results."""
+
+    def compare(benchmark, options, out=tmp_path):
+        module = benchmark.__name__
+        command = ["-m", module, *options.split(), "--devices", "1", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", [f"{module.split('.')[1]}.py", *command[2:]])
+        monkeypatch.setattr(sys, "orig_argv", ["python3", *command])
+        benchmark.main()
+        return capsys.readouterr().out, load(out)
+
+    return compare
+
+
 def mean_std(x):
     return f"{np.mean(x):.1f} ± {np.std(x, ddof=1):.1f}"
 
 
-def test_longtail(tmp_path):
+def test_longtail(tmp_path, compare):
     out = tmp_path / "new" / "folder"
     # At the second rate nothing is learnt: the validation split must choose the first.
     options = f"{SMALL} --epochs 6 --learning-rates 0.1 1e-6 --temperatures 20 --tensorboard"
-    done = run("benchmarks.longtail", *options.split(), "--methods", "ldam_drw", "--out", out)
-    assert done.returncode == 0, done.stderr_text
-
-    config, results = load(out, "config"), load(out)
+    printed, results = compare(longtail, f"{options} --methods ldam_drw", out)
+    config = load(out, "config")
     assert config["arguments"]["seeds"] == 2
     assert config["finished"]
-    assert "python -m benchmarks.longtail" in config["command"]
+    assert config["command"].startswith("python -m benchmarks.longtail --model linear")
+    assert config["arguments"]["temperatures"] == ["20"]
     assert list(results) == ["ldam_drw SGD", "ldam_drw ABSGD"]
-    assert [r["stages"] for r in results.values()] == [[], [[0, 20, 1]]]
+    assert [r["setting"]["temperature"] for r in results.values()] == ["inf", "20"]
     table = (out / "table.md").read_text()
-    assert table in done.stdout_text
+    assert table in printed
     for name, r in results.items():
-        assert r["learning_rate"] == 0.1
+        assert r["setting"]["learning_rate"] == 0.1
         assert [v["learning_rate"] for v in r["validation"]] == [0.1, 1e-6]
         first, second = (np.mean(v["class_accuracy"]) for v in r["validation"])
         assert first > 50 > second
@@ -81,16 +96,15 @@ def test_longtail(tmp_path):
     np.testing.assert_allclose(values[5, "effective_sample_size"], 1, rtol=1e-5)
 
 
-def test_automatic_temperature(tmp_path):
+def test_automatic_temperature(tmp_path, compare):
     """It has results of its own, beside those of the best λ that was given."""
     options = f"{SMALL} --epochs 4 --learning-rates 0.1 --temperatures 1e6 0.5:ess0.5 --methods arb"
-    done = run("benchmarks.longtail", *options.split(), "--out", tmp_path)
-    assert done.returncode == 0, done.stderr_text
-    sgd, absgd, automatic = load(tmp_path).values()
-    assert list(load(tmp_path)) == ["arb SGD", "arb ABSGD", "arb ABSGD, automatic"]
+    _, results = compare(longtail, options)
+    assert list(results) == ["arb SGD", "arb ABSGD", "arb ABSGD, automatic"]
+    sgd, absgd, automatic = results.values()
     np.testing.assert_allclose(absgd["class_accuracy"], sgd["class_accuracy"], atol=3)
     # Plain SGD until half the epochs are over.
-    assert automatic["stages"] == [[0.5, None, 0.5]]
+    assert automatic["setting"]["temperature"] == "0.5:ess0.5"
     lam, ess = (np.array(automatic[k], float) for k in ("temperature", "effective_sample_size"))
     assert np.all(np.isnan(lam[:, :2]))
     assert np.all(lam[:, 2:] > 0)
@@ -102,25 +116,24 @@ def test_automatic_temperature(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "groups"),
+    ("options", "losses", "gammas", "timed"),
     [
-        ("--methods cross_entropy arb --temperatures 5 ess0.5 --gammas 0.9 0.1", 2),
-        ("--methods gce --noise symmetric:0.4 --temperatures -1 ess-0.6 --timed 0", 1),
+        ("--temperatures 5 ess0.5 --gammas 0.9 0.1 --timed 2", ["arb"], 2, True),
+        ("--temperatures -1 -2 --noise symmetric:0.4 --timed 0", ["gce", "sce"], 1, False),
     ],
+    ids=["long_tail", "noise"],
 )
-def test_sweep(tmp_path, options, groups):
+def test_sweep(tmp_path, compare, options, losses, gammas, timed):
     """Every λ, rate, γ and seed of a loss is trained at once, but for λ that tune themselves."""
     small = "--model linear --epochs 3 --seeds 2 --batch-size 64 --learning-rates 0.1 1e6"
-    done = run("benchmarks.sweep", *small.split(), *options.split(), "--out", tmp_path)
-    assert done.returncode == 0, done.stderr_text
-    table, results = (tmp_path / "table.md").read_text(), load(tmp_path)
-    assert table in done.stdout_text
-    assert ("12 runs at once takes" in table) == ("times" in results) == (groups == 2)
+    printed, results = compare(sweep, f"{small} {options} --methods {' '.join(losses)}")
+    table = (tmp_path / "table.md").read_text()
+    assert table in printed
+    assert ("2 runs at once takes" in table) == ("times" in results) == timed
     results.pop("times", None)
-    gammas = 2 if "gammas" in options else 1
-    assert len(results) == groups * 2 * (1 + 2 * gammas)
+    assert len(results) == len(losses) * 2 * (1 + 2 * gammas)
     lines = [line.split("|")[1:-1] for line in table.splitlines() if "±" in line]
-    assert len(lines) == groups * 3
+    assert len(lines) == len(losses) * 3
     for name, r in results.items():
         assert r["diverged"] == sum(np.array(r["accuracy"]) < 20)
         loss, setting = name.split(", rate ")[0].split(" ", 1)
@@ -128,27 +141,23 @@ def test_sweep(tmp_path, options, groups):
         assert any(cell.strip() == mean_std(r["accuracy"]) for cell in line[2:-1])
     assert pictures(tmp_path)["heatmap.png"] > 0.05
     programs = {path.name for path in (tmp_path / "runs").iterdir()}
-    losses = {name.split(" ")[0] for name in results}
-    assert programs == {f"{loss}{λ}-0.npz" for loss in losses for λ in ("", "-automatic")}
+    endings = ("", "-automatic") if "ess" in options else ("",)
+    assert programs == {f"{loss}{ending}-0.npz" for loss in losses for ending in endings}
 
 
 def test_choice():
     """The best on the rare classes, where that costs little enough."""
     scores = {0.1: [0.9, 0.9, 0.5], 0.2: [0.9, 0.8, 0.59], 0.3: [0.9, 0.4, 0.95]}
-    grid = {comparison.Setting((), rate): np.array(s) for rate, s in scores.items()}
+    grid = {comparison.Setting("inf", rate, 0.9): np.array(s) for rate, s in scores.items()}
     chosen = [longtail.choose(grid, give).learning_rate for give in (0, 0.5, 2)]
     assert chosen == [0.1, 0.2, 0.3]
 
 
-def test_noise(tmp_path):
+def test_noise(tmp_path, compare):
     options = f"{SMALL} --epochs 30 --learning-rates 0.1 --temperatures -1 --noise symmetric:0.4"
-    done = run(
-        "benchmarks.noise", *options.split(), "--methods", "cross_entropy", "--out", tmp_path
-    )
-    assert done.returncode == 0, done.stderr_text
-    results = load(tmp_path)
+    printed, results = compare(noise, f"{options} --methods cross_entropy")
     sgd, absgd = (results[f"symmetric 0.4 cross_entropy {name}"] for name in ("SGD", "ABSGD"))
-    assert (tmp_path / "table.md").read_text() in done.stdout_text
+    assert (tmp_path / "table.md").read_text() in printed
     # λ < 0 takes the weight off the wrong labels, and is better for it.
     np.testing.assert_allclose(np.array(sgd["mass"])[:, 1], 0.4, atol=0.02)
     assert np.array(absgd["mass"])[-1, 1] < 0.2
@@ -158,6 +167,7 @@ def test_noise(tmp_path):
     assert min(pictures(tmp_path).values()) > 0.05
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Each computes half of every batch; killed and resumed, they do what one process does."""
     options = f"{SMALL} --epochs 6 --learning-rates 0.1 --temperatures 5 --checkpoint-every 0"
@@ -192,38 +202,60 @@ def test_two_processes(tmp_path):
         np.testing.assert_allclose(found["accuracy"], expected["accuracy"], atol=1)
 
 
-def test_convergence(tmp_path):
-    options = "--temperatures -1.5 --batch-sizes 32 --steps 100 1000 --seeds 2"
-    done = run("benchmarks.convergence", *options.split(), "--out", tmp_path)
-    assert done.returncode == 0, done.stderr_text
-    results = load(tmp_path).values()
-    assert [(r["steps"], r["gamma"]) for r in results] == [
-        (100, 1),
-        (100, 0.1),
-        (1000, 1),
-        (1000, 0.1),
-    ]
-    gaps = [np.mean(r["gap"]) for r in results]
-    assert max(gaps[2:]) < 3e-3 < 1e-2 < min(gaps[:2])
-    assert pictures(tmp_path)["convergence.png"] > 0.05
+def test_diverged():
+    """Not finite, or next to a guess: of two classes that is not all there is."""
+
+    def of(accuracy, loss=1.0):
+        history = {"mean_loss": np.full((3, 1), loss), "accuracy": np.array([[accuracy]])}
+        return comparison.diverged(training.Trained(history, None))
+
+    assert of([1.0] + [0.0] * 9) == of([0.1] * 9 + [0.9]) == 1
+    assert of([0.3] * 10) == 0
+    assert of([1.0, 0.0]) == 1
+    assert of([0.7, 0.8]) == 0
+    assert of([0.019] * 100) == 1
+    assert of([0.021] * 100) == 0
+    assert of([0.7, 0.8], np.nan) == 1
 
 
-def test_toy(tmp_path):
-    done = run("benchmarks.toy", "--seed", "5", "--out", tmp_path)
-    assert done.returncode == 0, done.stderr_text
-    results = load(tmp_path).values()
-    assert [r["temperature"] for r in results] == [None, 1, 0.2, None, -1, -0.5]
-    printed = np.array(re.findall(r"(\d+) % +\| (\d+) % +\| (\d+) % +\|", done.stdout_text), int)
-    np.testing.assert_allclose(printed, [[*r["recall"], r["weight"]] for r in results], atol=0.51)
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_groups_are_all_of_the_classes(classes):
+    groups = longtail.groups(classes)
+    assert list(groups) == ["many", "medium", "few"][:: 2 if classes == 2 else 1]
+    parts = [np.arange(classes)[part] for part in groups.values()]
+    np.testing.assert_array_equal(np.concatenate(parts), np.arange(classes))
 
-    sgd, *absgd = printed[:3]  # where the inner ring is rare
-    assert sgd[1] < 20 < absgd[0][1] < 70 < absgd[1][1]
-    assert sgd[2] < absgd[0][2] < absgd[1][2]
-    assert printed[:3, 0].min() > 95  # the outer ring does not pay for it
 
-    sgd, *absgd = printed[3:]  # where labels are wrong
-    assert sgd[2] == 30
-    for outer, inner, wrong in absgd:
-        assert min(outer, inner) > sgd[:2].max()
-        assert wrong < 10
-    assert pictures(tmp_path)["toy.png"] > 0.05
+class TestFolderInUse:
+    """A new run takes the place of one that has ended, and nothing else."""
+
+    OPTIONS = f"{SMALL} --epochs 1 --learning-rates 0.1 --temperatures 5 --methods arb"
+
+    def test_again(self, tmp_path, compare):
+        first = compare(longtail, self.OPTIONS)
+        mine = [tmp_path / name for name in ("runs/mine.npz", "checkpoints/mine", "mine.txt")]
+        for path in mine:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("mine")
+        # It trains anew, though the parts of the first lie there.
+        again = compare(longtail, self.OPTIONS)
+        assert again == first
+        assert (tmp_path / "log.txt").read_text().count("epoch 1 of 1") == 2
+        _, other = compare(longtail, f"{self.OPTIONS} --gamma 0.5")
+        assert other["arb SGD"] != other["arb ABSGD"] != first[1]["arb ABSGD"]
+        assert {path.read_text() for path in mine} == {"mine"}
+
+    def test_finished(self, tmp_path, compare):
+        """What resumes it draws it again, and trains nothing."""
+        first = compare(longtail, self.OPTIONS)
+        assert compare(longtail, f"{self.OPTIONS} --resume") == first
+        assert (tmp_path / "log.txt").read_text().count("epoch 1 of 1") == 1
+
+    def test_checkpoint_of_somebody_else(self, tmp_path, compare, capsys):
+        compare(longtail, self.OPTIONS)
+        folder = tmp_path / "checkpoints" / "arb-final-0" / "1"
+        folder.mkdir(parents=True)
+        with pytest.raises(SystemExit, match="2"):
+            compare(longtail, self.OPTIONS)
+        assert f"{folder.parent} is in the way, and not of this run" in capsys.readouterr().err
+        assert folder.exists()

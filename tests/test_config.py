@@ -1,0 +1,238 @@
+"""What a benchmark can't be told is an error that says so, and writes nothing."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import typing
+from unittest import mock
+
+import pytest
+
+from benchmarks import (
+    comparison,
+    config,
+    convergence,
+    longtail,
+    noise,
+    pod,
+    report,
+    speed,
+    sweep,
+    toy,
+)
+from tests.support.commands import load, ROOT, run
+
+# For every constraint, values that break it.
+BAD = {
+    config.FROM_0: [-1],
+    config.FROM_1: [0, -1],
+    config.FROM_2: [1, -1],
+    config.POSITIVE: [0.0, -1.0, float("nan"), float("inf")],
+    config.NOT_NEGATIVE: [-1.0, float("nan"), float("inf")],
+    config.FINITE_TEMPERATURE: [0.0, -0.0, float("nan"), float("inf")],
+    config.SHARE: [-0.1, 1.1, float("nan")],
+    config.BELOW_1: [-0.1, 1.0, float("nan")],
+    config.ABOVE_0: [0.0, 1.1, float("nan")],
+    config.INSIDE: [0.0, 1.0, float("nan")],
+    comparison.TEMPERATURE: [
+        *("0", "nan", "hot", "", "0.8:5,0.5:2", "1:5", "-0.1:5", "nan:5"),
+        *("ess1.5", "ess0", "1:ess0.5", "5,0.8:ess0.5"),
+    ],
+    comparison.ADDRESS: ["here"],
+    noise.NOISE: ["symmetric:2", "none", "symmetric", "asymmetric:nan"],
+}
+BENCHMARKS = [convergence, longtail, noise, pod, speed, sweep, toy]
+
+
+def name(benchmark):
+    return benchmark.__name__.removeprefix("benchmarks.")
+
+
+def unframed(text):
+    """What tyro prints, without the frame and the breaks of the lines."""
+    return " ".join(text.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_values(benchmark):
+    hints = typing.get_type_hints(benchmark.Config)
+    for field, musts in config.constraints(benchmark.Config).items():
+        for must in musts:
+            for value in BAD[must]:
+                told = f"{config.flag(field)} must {must.text}, got {value}"
+                given = (value,) if typing.get_origin(hints[field]) is tuple else value
+                with pytest.raises(ValueError, match=f"^{re.escape(told)}$"):
+                    benchmark.Config(**{field: given})
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_every_number_has_a_constraint(benchmark):
+    constraints = config.constraints(benchmark.Config)
+    for field, hint in typing.get_type_hints(benchmark.Config).items():
+        if {int, float} & {hint, *typing.get_args(hint)}:
+            assert constraints[field], field
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_every_flag_has_its_help(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{name(benchmark)}.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        benchmark.main()
+    text = unframed(capsys.readouterr().out)
+    assert f"usage: python -m {benchmark.__name__} [-h] " in text
+    flags = "|".join(config.flag(field.name) for field in dataclasses.fields(benchmark.Config))
+    _, *shown = re.split(rf"(?<= )(?={flags})(?=\S+[ ,])", text)
+    for each in shown:
+        # Beside the values that it takes, which are in brackets, braces or capitals.
+        told = re.sub(r"\[.*\]+|\{.*?\}|--\S+|(STR|INT|FLOAT|PATH)|\(default: .*", "", each)
+        assert re.search(r"\w\w|λ", told), each
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """Of a benchmark with these flags: what it says as it refuses them."""
+
+    def refusal(benchmark, options):
+        out = tmp_path / "out"
+        command = [f"{name(benchmark)}.py", "--out", str(out), *options.split()]
+        monkeypatch.setattr(sys, "argv", command)
+        with mock.patch.dict(os.environ), pytest.raises(SystemExit, match="2"):
+            benchmark.main()
+        assert not out.exists()
+        return unframed(capsys.readouterr().err)
+
+    return refusal
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "options", "message"),
+    [
+        (longtail, "--methods mse", "invalid choice 'mse' for argument '--methods'"),
+        (longtail, "--epochs many", "Error parsing --epochs: invalid literal"),
+        (longtail, "--epochs 0", "--epochs must be a whole number from 1 on, got 0"),
+        (longtail, "--epoch 3", "Perhaps you meant: --epochs"),
+        (longtail, "--batch-size 4000", "--batch-size must not exceed the 363 training"),
+        (longtail, "--batch-size 33 --devices 2", "must be a multiple of --devices, got 33"),
+        (longtail, "--devices 9", "--devices must lie in [1, 8], got 9"),
+        (longtail, "--dataset cifar10 --data-dir nowhere", "cifar-10-python.tar.gz in "),
+        (longtail, "--fine-tune-from 9", "--fine-tune-from must lie in [0, 1], got 9"),
+        (longtail, "--coordinator localhost:1", "needs --num-processes and --process-id"),
+        (
+            longtail,
+            "--coordinator localhost:1 --num-processes 2 --process-id 2",
+            "--process-id must be less than --num-processes, got 2",
+        ),
+        (longtail, "--validation 0.001", "--validation must hold out an example of every class"),
+        (sweep, "--methods gce", "--methods must be of cross_entropy, cb_drw"),
+        (sweep, "--methods focal --noise symmetric:0.4", "sce, gce, truncated_gce here, got"),
+        (pod, "--models vgg", "invalid choice 'vgg'"),
+        (pod, "--topologies nowhere", "--topologies must be known to the TPU's compiler, got no"),
+        (speed, "--parts jax", "invalid choice 'jax'"),
+        (speed, "--forms sgd", "invalid choice 'sgd'"),
+        (speed, "--torch-python nowhere/python", "--torch-python must be an interpreter, got no"),
+    ],
+)
+def test_refused(benchmark, options, message, refusal):
+    assert message in refusal(benchmark, options)
+
+
+def test_negative_temperatures_are_values(monkeypatch):
+    given = ["-5,0.5:-2", "-1e-1", "ess-0.5", "0.2:-1"]
+    monkeypatch.setattr(sys, "argv", ["noise.py", "--temperatures", *given, "--epochs", "3"])
+    found = comparison.read(noise.Config, noise.__doc__)
+    assert found.temperatures == tuple(given)
+    assert found.epochs == 3
+    assert comparison.stages(given[0]) == [(0.0, -5.0), (0.5, -2.0)]
+
+
+def test_protocol_of_the_papers(monkeypatch):
+    """Where the data are not the digits; what is given goes before it."""
+    options = ["--dataset", "fashion-mnist", "--epochs", "7", "--no-augment"]
+    monkeypatch.setattr(sys, "argv", ["longtail.py", *options])
+    found = comparison.read(longtail.Config, longtail.__doc__)
+    assert (found.model, found.epochs, found.batch_size) == ("resnet32", 7, 128)
+    assert not found.augment
+    assert dataclasses.replace(found).hidden == (256, 128)
+
+
+class TestFolder:
+    """A run takes a folder of its own, and deletes nothing of anybody else's."""
+
+    @pytest.fixture
+    def toy_config(self, tmp_path):
+        return toy.Config(out=tmp_path / "out")
+
+    def test_command_is_one_for_a_shell(self, toy_config, monkeypatch):
+        monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "benchmarks.toy", "--out", "a b"])
+        with report.folder(toy_config) as description:
+            assert description["command"] == "python -m benchmarks.toy --out 'a b'"
+
+    def test_begun_and_cut_off(self, toy_config):
+        toy_config.out.mkdir()
+        for name in (".lock", "config.json.part"):
+            (toy_config.out / name).touch()
+        with report.folder(toy_config) as description:
+            assert not description["finished"]
+
+    def test_described_as_read(self, toy_config):
+        with report.folder(toy_config):
+            pass
+        found = load(toy_config.out, "config")
+        assert found["arguments"] == {"out": str(toy_config.out), "seed": 0}
+        assert found["finished"]
+
+    @pytest.mark.parametrize("of_theirs", ["checkpoints/mine/weights", "log.txt", "notes.md"])
+    def test_somebody_elses(self, toy_config, of_theirs, capsys):
+        path = toy_config.out / of_theirs
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+            pass
+        assert "holds files and no run of a benchmark: name another" in capsys.readouterr().err
+        assert [p for p in toy_config.out.rglob("*") if p.is_file()] == [path]
+        assert path.read_text() == "mine"
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"mine": 1}', "\xff"])
+    def test_another_config(self, toy_config, content, capsys):
+        toy_config.out.mkdir()
+        path = toy_config.out / "config.json"
+        path.write_text(content, encoding="latin1")
+        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+            pass
+        assert f"{path} is damaged, or not a benchmark's" in capsys.readouterr().err
+        assert path.read_text(encoding="latin1") == content
+
+    def test_file(self, toy_config, capsys):
+        toy_config.out.write_text("mine")
+        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+            pass
+        assert f"--out {toy_config.out} can't be written to" in capsys.readouterr().err
+        assert toy_config.out.read_text() == "mine"
+
+    def test_in_use(self, toy_config):
+        """By another process, which ends: then it is free."""
+        command = (
+            "import sys; from benchmarks import report, toy; import pathlib\n"
+            "with report.folder(toy.Config(out=pathlib.Path(sys.argv[1]))): pass"
+        )
+        command = [sys.executable, "-c", command, str(toy_config.out)]
+        with report.folder(toy_config):
+            second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            assert second.returncode == 2
+            assert "is in use by another process" in second.stderr
+        assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+def test_terminal_without_greek(tmp_path):
+    """Neither the help nor a table ends in an error."""
+    ascii_only = {"PYTHONIOENCODING": "ascii", "LANG": "C"}
+    done = run("benchmarks.longtail", "--help", **ascii_only)
+    assert done.returncode == 0, done.stderr_text
+    assert "--temperatures" in done.stdout_text
+
+
+def test_systems_without_affinity(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert report.cpus() == os.cpu_count()

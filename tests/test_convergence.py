@@ -1,0 +1,92 @@
+"""The gap to the exact optimum closes, and what has none is said."""
+
+import sys
+
+import jax.numpy as jnp
+import matplotlib.image
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from benchmarks import convergence
+from tests.support.commands import load
+
+
+def some_digits(return_X_y):
+    """So many that they are learnt, and so few that their Hessian costs little."""
+    images, labels = load_digits(return_X_y=return_X_y)
+    return images[:200, 3::4], labels[:200]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, x64, users_promotion):
+    monkeypatch.setattr(convergence, "load_digits", some_digits)
+
+    def run(options):
+        argv = ["convergence", "--batch-sizes", "32", "--seeds", "2", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", argv + options.split())
+        convergence.main()
+        assert matplotlib.image.imread(tmp_path / "convergence.png").std() > 0.03
+        return list(load(tmp_path).values()), (tmp_path / "table.md").read_text()
+
+    return run
+
+
+def test_gap_closes(run, capsys):
+    results, table = run("--temperatures -1.5 --steps 100 1000")
+    setting = [(r["steps"], r["gamma"]) for r in results]
+    assert setting == [(100, 1), (100, 0.1), (1000, 1), (1000, 0.1)]
+    gaps = [np.mean(r["gap"]) for r in results]
+    assert max(gaps[2:]) < 3e-3 < 1e-2 < min(gaps[:2])
+    assert capsys.readouterr().out.strip() in table
+    assert table.count("| 0 of 2   |") == 4
+
+
+def test_diverged(run, monkeypatch):
+    """Far away is, as is NaN, of which the plot has nothing to draw; the start is not."""
+    ends = {10: 0.0, 20: 1e70, 30: np.nan}
+
+    def train(config, n, steps, data, temperature, gamma, key):
+        return jnp.full(data[0].shape[1] * convergence.CLASSES, ends[steps])
+
+    monkeypatch.setattr(convergence, "train", train)
+    results, table = run("--temperatures 1 --steps 10 20 30")
+    assert [r["diverged"] for r in results] == [0, 0, 2, 2, 2, 2]
+    assert [line.split("|")[-2].strip() for line in table.splitlines()[-2:]] == 2 * ["2 of 2"]
+    results, _ = run("--temperatures 1 --steps 30")
+    assert [r["gap"] for r in results] == 2 * [[None, None]]
+
+
+@pytest.mark.usefixtures("users_promotion", "x64")
+class TestStationaryPoint:
+    @pytest.fixture
+    def data(self, x64):
+        images, labels = some_digits(return_X_y=True)
+        return jnp.asarray(images / 16), jnp.asarray(labels)
+
+    @pytest.mark.parametrize("temperature", [0.5, -1.5, 0.01, -0.01])
+    def test_found(self, data, temperature):
+        """No direction leads down from it."""
+        w = convergence.stationary_point(temperature, 1e-2, data)
+        assert np.abs(w).max() > 0.1
+        curvature = np.linalg.eigvalsh(convergence.hessian(w, temperature, 1e-2, data))
+        assert np.abs(convergence.gradient(w, temperature, 1e-2, data)).max() < 1e-12
+        assert curvature.min() > 1e-3
+
+    def test_not_found(self, data, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            convergence.stationary_point(0.01, 1e-300, data)
+        error = capsys.readouterr().err
+        assert "--temperatures 0.01 can't be solved" in error
+        assert "--weight-decay 1e-300: name a λ further from 0" in error
+
+
+def test_no_solution_writes_nothing(tmp_path, monkeypatch, x64):
+    def fail(*_):
+        raise SystemExit(2)
+
+    monkeypatch.setattr(convergence, "stationary_point", fail)
+    monkeypatch.setattr(sys, "argv", ["convergence", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        convergence.main()
+    assert not (tmp_path / "out").exists()
