@@ -13,9 +13,11 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the suite's time is compilation.
-jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# Most of the suite's time is compilation, also that of single operations outside jit: what one
+# process of `pytest -n auto` has compiled, the others need not.
+if not jax.config.jax_compilation_cache_dir:
+    jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 # By default the cases of a test are the same every time, so that what fails is what was changed;
 # new ones are what the long profile is for.
@@ -23,9 +25,10 @@ shared = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }
+settings.register_profile("default", max_examples=170, derandomize=True, **shared)
 settings.register_profile("ci", max_examples=650, derandomize=True, **shared)
 settings.register_profile("long", max_examples=13_000, print_blob=True, **shared)
-settings.load_profile("ci")
+settings.load_profile("default")
 
 
 def pytest_report_header():

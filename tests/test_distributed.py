@@ -36,7 +36,8 @@ def precision(request):
 def check(train, precision, place=lambda params, batches: (params, batches), temperatures=None):
     """Holds ``train(params, batches, temperature)`` to NumPy's run, at each temperature."""
     dtype, tolerance = precision
-    for temperature in temperatures or TEMPERATURES:
+    # In float32, where rounding is tested, automatic ones alone: they do all that fixed ones do.
+    for temperature in temperatures or TEMPERATURES[2 if dtype == np.float32 else 0 :]:
         placed = place(*layouts.problem(dtype))
         params, state = train(*placed, jax.tree.map(dtype, temperature))
         expected_params, lam, baseline = EXPECTED[temperature]
@@ -67,8 +68,10 @@ def test_one_device(precision):
     check(jax.jit(layouts.train), precision)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("model", [None, "model"], ids=["data", "data_and_model"])
+@pytest.mark.parametrize(
+    ("model", "axis_type"),
+    [(None, AxisType.Explicit), ("model", AxisType.Auto), ("model", AxisType.Explicit)],
+)
 def test_jit(model, axis_type, precision):
     shape, names = ((8,), ("batch",)) if model is None else ((4, 2), ("batch", model))
     mesh = jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
@@ -81,7 +84,7 @@ def test_jit(model, axis_type, precision):
 
 
 def test_padding(precision):
-    """Rows without weight fill the batch up to a multiple of the devices, whatever is in them."""
+    """Rows without weight fill a batch up to a multiple of the devices, whatever is in them."""
     mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
 
     def pad(params, batches):
@@ -128,7 +131,7 @@ def test_shard_map(check_vma, precision):
 
 
 # The oldest optax that is tested has no microbatch. It leaves no losses to tune a λ by.
-BY_HAND = {"by_hand": (layouts.by_hand, TEMPERATURES)}
+BY_HAND = {"by_hand": (layouts.by_hand, None)}
 if hasattr(optax, "microbatch"):
     BY_HAND["by_optax"] = layouts.by_optax, TEMPERATURES[:2]
 

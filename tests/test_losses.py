@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,8 +35,8 @@ ONE_OF_EACH = {
     name: PARTIALS[name]
     for name in ("logit_adjustment", "arb", "ldam", "focal_alpha", "sce", "gce")
 }
-BATCH_ARB = {"batch_arb": losses.arb}
-SOFT = {name: loss for name, loss in ONE_OF_EACH.items() if name != "ldam"}
+ALL = ONE_OF_EACH | {"batch_arb": losses.arb}
+SOFT = {name: loss for name, loss in ALL.items() if name != "ldam"}
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, 4))
@@ -43,19 +44,28 @@ LABELS = np.array([0, 1, 2, 3, 0, 1])
 MIXED = RNG.dirichlet(np.ones(4), size=6)
 
 
-def each(cases):
-    return pytest.mark.parametrize("loss", cases.values(), ids=cases.keys())
-
-
 def value_and_grad(loss, logits, labels, **kwargs):
-    """Losses, and the gradient of their sum."""
+    """Losses, and the gradient of their sum; of one function, or as one program of several."""
 
-    def total(logits):
-        values = loss(logits, labels, **kwargs)
-        return values.sum(), values
+    def of(loss, logits):
+        def total(logits):
+            values = loss(logits, labels, **kwargs)
+            return values.sum(), values
 
-    (_, values), grads = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(logits))
-    return values, grads
+        (_, values), grads = jax.value_and_grad(total, has_aux=True)(logits)
+        return values, grads
+
+    return jax.jit(lambda z: jax.tree.map(lambda f: of(f, z), loss))(jnp.asarray(logits))
+
+
+def each(function, cases, *args):
+    """The function of every loss, as one program."""
+    return jax.jit(lambda *args: {k: function(loss, *args) for k, loss in cases.items()})(*args)
+
+
+def values_of(*functions, logits=LOGITS):
+    """Of the logits, as one program."""
+    return jax.jit(lambda z: [function(z) for function in functions])(jnp.asarray(logits))
 
 
 def transcribed(name, logits, labels):
@@ -67,158 +77,168 @@ def transcribed(name, logits, labels):
 
 
 class TestAll:
-    @pytest.mark.parametrize("name", CASES)
-    def test_values_and_gradients_are_the_papers(self, name, x64):
-        values, grads = value_and_grad(PARTIALS[name], LOGITS, LABELS)
-        np.testing.assert_allclose(values, transcribed(name, LOGITS, LABELS), 1e-12, 1e-15)
+    def test_values_and_gradients_are_the_papers(self, x64):
         step = 1e-6
-        for k in range(LOGITS.shape[1]):
-            shift = step * np.eye(LOGITS.shape[1])[k]
-            difference = transcribed(name, LOGITS + shift, LABELS)
-            difference -= transcribed(name, LOGITS - shift, LABELS)
-            np.testing.assert_allclose(grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7)
+        for name, (values, grads) in value_and_grad(PARTIALS, LOGITS, LABELS).items():
+            expected = transcribed(name, LOGITS, LABELS)
+            np.testing.assert_allclose(values, expected, 1e-12, 1e-15, err_msg=name)
+            for k, shift in enumerate(step * np.eye(4)):
+                difference = transcribed(name, LOGITS + shift, LABELS)
+                difference -= transcribed(name, LOGITS - shift, LABELS)
+                np.testing.assert_allclose(
+                    grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
+                )
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    def test_derivatives_in_both_modes(self, loss, x64):
-        check_grads(lambda z: loss(z, LABELS), (jnp.asarray(LOGITS),), order=1)
+    @pytest.mark.parametrize("name", ALL)
+    def test_derivatives_in_both_modes(self, name, x64):
+        check_grads(jax.jit(lambda z: ALL[name](z, LABELS)), (jnp.asarray(LOGITS),), order=1)
 
-    @each(ONE_OF_EACH)
-    def test_any_leading_dimensions(self, loss):
-        logits, labels = LOGITS.astype(np.float32), LABELS
-        expected = loss(logits, labels)
-        for shape in [(2, 3), (1, 3, 2)]:
-            values = loss(logits.reshape(*shape, 4), labels.reshape(shape))
-            np.testing.assert_allclose(values, expected.reshape(shape), rtol=1e-6, atol=1e-7)
-        np.testing.assert_allclose(loss(logits[0], labels[0]), expected[0], rtol=1e-6, atol=1e-7)
-        assert loss(logits[:0], labels[:0]).shape == (0,)
+    def test_any_leading_dimensions(self):
+        shapes = [(6,), (2, 3), (1, 3, 2)]
 
-    @each(ONE_OF_EACH)
-    def test_vmap(self, loss):
-        logits, labels = jnp.asarray(LOGITS, jnp.float32), jnp.asarray(LABELS)
-        expected = jax.jit(loss)(logits, labels)
-        np.testing.assert_allclose(jax.vmap(loss)(logits, labels), expected, rtol=1e-6, atol=1e-7)
+        def shaped(loss, logits):
+            values = [loss(logits.reshape(*s, 4), LABELS.reshape(s)) for s in shapes]
+            return *values, loss(logits[0], LABELS[0]), loss(logits[:0], LABELS[:0])
 
-    @each(SOFT | BATCH_ARB)
-    def test_one_hot_labels_are_integer_labels(self, loss, x64):
-        one_hot = value_and_grad(loss, LOGITS, np.eye(4)[LABELS])
-        for a, b in zip(one_hot, value_and_grad(loss, LOGITS, LABELS), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
+        for found in each(shaped, ONE_OF_EACH, np.float32(LOGITS)).values():
+            expected = np.asarray(found[0])
+            for values, shape in zip(found, shapes, strict=False):
+                np.testing.assert_allclose(values, expected.reshape(shape), rtol=1e-6, atol=1e-7)
+            np.testing.assert_allclose(found[3], expected[0], rtol=1e-6, atol=1e-7)
+            assert found[4].shape == (0,)
 
-    @each({name: loss for name, loss in SOFT.items() if name != "sce"})
-    def test_distributions_give_the_mean_over_their_classes(self, loss, x64):
-        of_class = np.stack([loss(LOGITS, np.full(6, k)) for k in range(4)], axis=-1)
-        np.testing.assert_allclose(loss(LOGITS, MIXED), (MIXED * of_class).sum(-1), rtol=1e-12)
+    def test_vmap(self):
+        args = np.float32(LOGITS), LABELS
+        expected = each(lambda loss, *args: loss(*args), ONE_OF_EACH, *args)
+        mapped = each(lambda loss, *args: jax.vmap(loss)(*args), ONE_OF_EACH, *args)
+        chex.assert_trees_all_close(mapped, expected, rtol=1e-6, atol=1e-7)
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    @pytest.mark.parametrize("traced", [False, True])
-    def test_masked_entries_are_as_if_absent(self, loss, traced, x64):
+    def test_one_hot_labels_are_integer_labels(self, x64):
+        one_hot = value_and_grad(SOFT, LOGITS, np.eye(4)[LABELS])
+        expected = value_and_grad(SOFT, LOGITS, LABELS)
+        chex.assert_trees_all_close(one_hot, expected, rtol=1e-12, atol=1e-15)
+
+    def test_distributions_give_the_mean_over_their_classes(self, x64):
+        linear = {name: SOFT[name] for name in SOFT.keys() - {"sce", "batch_arb"}}
+
+        def both(loss, logits):
+            return loss(logits, MIXED), [loss(logits, np.full(6, k)) for k in range(4)]
+
+        for name, (values, of_class) in each(both, linear, LOGITS).items():
+            expected = (MIXED.T * np.array(of_class)).sum(axis=0)
+            np.testing.assert_allclose(values, expected, rtol=1e-12, err_msg=name)
+
+    @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray], ids=["concrete", "traced"])
+    def test_masked_entries_are_as_if_absent(self, convert, x64):
         logits = np.concatenate([np.full((2, 4), np.nan), LOGITS, np.full((1, 4), -np.inf)])
         labels = np.concatenate([[-100, 4], LABELS, [2**31 - 1]])
         where = np.array([False] * 2 + [True] * 6 + [False])
-        convert = jnp.asarray if traced else np.asarray
-        values, grads = value_and_grad(loss, logits, convert(labels), where=convert(where))
-        kept_values, kept_grads = value_and_grad(loss, LOGITS, LABELS)
-        np.testing.assert_array_equal(values[~where], 0)
-        np.testing.assert_array_equal(grads[~where], 0)
-        np.testing.assert_allclose(values[where], kept_values, rtol=1e-12)
-        np.testing.assert_allclose(grads[where], kept_grads, rtol=1e-12, atol=1e-15)
+        found = value_and_grad(ALL, logits, convert(labels), where=convert(where))
+        kept = value_and_grad(ALL, LOGITS, LABELS)
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda x: x[where], found), kept, rtol=1e-12, atol=1e-15
+        )
+        for x in jax.tree.leaves(found):
+            np.testing.assert_array_equal(x[~where], 0)
 
-    @each(SOFT | BATCH_ARB)
-    def test_masked_distributions(self, loss, x64):
-        labels = np.where(np.arange(6)[:, None] < 4, MIXED, np.nan)
+    def test_masked_distributions(self, x64):
         where = np.arange(6) < 4
-        values, grads = value_and_grad(loss, LOGITS, labels, where=where)
-        kept_values, kept_grads = value_and_grad(loss, LOGITS[:4], MIXED[:4])
-        np.testing.assert_allclose(values, np.pad(kept_values, (0, 2)), rtol=1e-12)
-        np.testing.assert_allclose(grads, np.pad(kept_grads, ((0, 2), (0, 0))), rtol=1e-12)
+        labels = np.where(where[:, None], MIXED, np.nan)
+        found = value_and_grad(SOFT, LOGITS, labels, where=where)
+        kept = value_and_grad(SOFT, LOGITS[:4], MIXED[:4])
+        padded = jax.tree.map(lambda x: np.pad(x, [(0, 2)] + [(0, 0)] * (x.ndim - 1)), kept)
+        chex.assert_trees_all_close(found, padded, rtol=1e-12)
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    def test_all_masked(self, loss):
+    def test_all_masked(self):
         with jax.debug_nans(True):
-            values, grads = value_and_grad(loss, LOGITS, LABELS, where=np.zeros(6, bool))
-        np.testing.assert_array_equal(values, 0)
-        np.testing.assert_array_equal(grads, 0)
+            found = value_and_grad(ALL, LOGITS, LABELS, where=np.zeros(6, bool))
+        for x in jax.tree.leaves(found):
+            np.testing.assert_array_equal(x, 0)
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    @pytest.mark.parametrize("size", [30.0, 1e4])
-    def test_extreme_logits(self, loss, size):
-        logits = np.float32(size) * np.array([[1, -1, 0, 0], [-1, 1, 0, 0], [1, 1, 1, 1]])
+    def test_extreme_logits(self):
+        logits = np.float32([[1, -1, 0, 0], [-1, 1, 0, 0], [1, 1, 1, 1]])
+        logits = np.concatenate([np.float32(30.0) * logits, np.float32(1e4) * logits])
         with jax.debug_nans(True):
-            values, grads = value_and_grad(loss, logits.astype(np.float32), np.array([0, 0, 3]))
-        assert np.all(np.isfinite(values))
-        assert np.all(np.isfinite(grads))
-        np.testing.assert_allclose(values[0], 0, atol=1e-6)
-        assert values[1] > 0.5
+            found = value_and_grad(ALL, logits, np.array([0, 0, 3, 0, 0, 3]))
+        chex.assert_tree_all_finite(found)
+        for name, (values, _) in found.items():
+            np.testing.assert_allclose(values[::3], 0, atol=1e-6, err_msg=name)
+            assert np.all(values[1::3] > 0.5), name
 
-    @each(ONE_OF_EACH)
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-    def test_low_precision_is_computed_in_float32(self, loss, dtype):
+    def test_low_precision_is_computed_in_float32(self, dtype):
         logits = jnp.asarray(LOGITS, dtype)
-        values, grads = value_and_grad(loss, logits, LABELS)
-        assert values.dtype == jnp.float32
-        assert grads.dtype == dtype
-        wide_values, wide_grads = value_and_grad(loss, logits.astype(jnp.float32), LABELS)
-        np.testing.assert_array_equal(values, wide_values)
-        np.testing.assert_array_equal(grads, wide_grads.astype(dtype))
+        found = value_and_grad(ONE_OF_EACH, logits, LABELS)
+        wide = value_and_grad(ONE_OF_EACH, logits.astype(jnp.float32), LABELS)
+        for name, (values, grads) in found.items():
+            assert values.dtype == jnp.float32
+            assert grads.dtype == dtype
+            np.testing.assert_array_equal(values, wide[name][0], name)
+            np.testing.assert_array_equal(grads, wide[name][1].astype(dtype), name)
 
-    @each(ONE_OF_EACH)
-    def test_float64(self, loss, x64):
-        assert loss(LOGITS, LABELS).dtype == jnp.float64
-        assert loss(LOGITS.astype(np.float32), LABELS).dtype == jnp.float32
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    def test_dtype(self, dtype, x64):
+        for loss in ONE_OF_EACH.values():
+            assert jax.eval_shape(loss, LOGITS.astype(dtype), LABELS).dtype == dtype
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    @pytest.mark.parametrize("label", [-1, 4])
-    def test_traced_labels_out_of_range_give_nan(self, loss, label):
-        labels = jnp.array([0, label])
-        values = jax.jit(loss)(jnp.zeros([2, 4]), labels)
-        assert np.isfinite(values[0])
-        assert np.isnan(values[1])
+    def test_traced_labels_out_of_range_give_nan(self):
+        def with_label(loss, label):
+            return loss(jnp.zeros([2, 4]), jnp.stack([0, label]))
 
-    @each(ONE_OF_EACH | BATCH_ARB)
-    def test_sharded_batch(self, loss):
+        for label in (-1, 4):
+            for name, values in each(with_label, ALL, label).items():
+                np.testing.assert_array_equal(np.isnan(values), [False, True], name)
+
+    def test_sharded_batch(self):
         mesh = jax.make_mesh(
             (2,), ("batch",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:2]
         )
         where = np.arange(6) != 2
-        expected = value_and_grad(loss, LOGITS, LABELS, where=where)
+        expected = value_and_grad(ALL, LOGITS, LABELS, where=where)
         with jax.set_mesh(mesh):
             logits, labels, where = jax.device_put(
-                (LOGITS.astype(np.float32), LABELS, where), NamedSharding(mesh, P("batch"))
+                (np.float32(LOGITS), LABELS, where), NamedSharding(mesh, P("batch"))
             )
-            values, grads = value_and_grad(loss, logits, labels, where=where)
-        assert jax.typeof(values).sharding.spec == P("batch")
-        np.testing.assert_allclose(values, expected[0], rtol=1e-6)
-        np.testing.assert_allclose(grads, expected[1], rtol=1e-5, atol=1e-7)
+            found = value_and_grad(ALL, logits, labels, where=where)
+        for name, (values, grads) in found.items():
+            assert jax.typeof(values).sharding.spec == P("batch")
+            np.testing.assert_allclose(values, expected[name][0], rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(grads, expected[name][1], 1e-5, 1e-7, err_msg=name)
 
-    @each(SOFT | BATCH_ARB)
-    def test_gradients_in_labels(self, loss):
-        labels = jnp.eye(4)[LABELS].at[0].set(jnp.nan)
+    def test_gradients_in_labels(self):
+        def gradient(loss, labels):
+            where = np.arange(6) > 0
+            return jax.grad(lambda y: loss(np.float32(LOGITS), y, where=where).sum())(labels)
 
-        def total(labels):
-            return loss(LOGITS.astype(np.float32), labels, where=np.arange(6) > 0).sum()
+        labels = np.eye(4, dtype=np.float32)[LABELS]
+        labels[0] = np.nan
+        found = each(gradient, SOFT, labels)
+        chex.assert_tree_all_finite(found)
+        for grads in found.values():
+            np.testing.assert_array_equal(grads[0], 0)
 
-        grads = jax.grad(total)(labels)
-        np.testing.assert_array_equal(grads[0], 0)
-        assert np.all(np.isfinite(grads))
-
-    @each(ONE_OF_EACH | BATCH_ARB)
-    def test_what_is_masked_out_passes_through_no_nan(self, loss):
+    @pytest.mark.parametrize("name", ALL)
+    def test_what_is_masked_out_passes_through_no_nan(self, name):
         labels = jnp.array([0, 1, -100, 7])
         with jax.debug_nans(True):  # which sees every operation outside jit
             for where in (np.array([True, True, False, False]), np.zeros(4, bool)):
-                loss(jnp.asarray(LOGITS[:4], jnp.float32), labels, where=where)
+                ALL[name](jnp.asarray(LOGITS[:4], jnp.float32), labels, where=where)
 
 
 class TestBalancedSoftmax:
     def test_tau_0_is_cross_entropy(self, x64):
-        expected = optax.softmax_cross_entropy(LOGITS, np.eye(4)[LABELS])
-        values = losses.balanced_softmax(LOGITS, LABELS, class_counts=COUNTS, tau=0)
+        values, expected = values_of(
+            lambda z: losses.balanced_softmax(z, LABELS, class_counts=COUNTS, tau=0),
+            lambda z: optax.softmax_cross_entropy(z, np.eye(4)[LABELS]),
+        )
         np.testing.assert_allclose(values, expected, rtol=1e-12)
 
     def test_frequencies_do_as_well_as_counts(self, x64):
         counts = np.array([60, 25, 9, 0])
-        values = losses.balanced_softmax(LOGITS, LABELS, class_counts=counts)
-        frequencies = losses.balanced_softmax(LOGITS, LABELS, class_counts=counts / counts.sum())
+        values, frequencies = values_of(
+            lambda z: losses.balanced_softmax(z, LABELS, class_counts=counts),
+            lambda z: losses.balanced_softmax(z, LABELS, class_counts=counts / counts.sum()),
+        )
         np.testing.assert_allclose(frequencies, values, rtol=1e-12)
 
     @pytest.mark.parametrize("traced", [False, True])
@@ -236,18 +256,12 @@ class TestBalancedSoftmax:
         np.testing.assert_array_equal(grads[:, 3], 0)
 
     def test_label_without_examples_counts_as_the_rarest_class(self, x64):
-        labels = np.full(6, 3)
-        with jax.debug_nans(True):
-            values, grads = value_and_grad(
-                functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, 0]),
-                LOGITS,
-                labels,
-            )
-        expected = value_and_grad(
-            functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, 9]), LOGITS, labels
+        with_none, rarest = (
+            functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, n]) for n in (0, 9)
         )
-        np.testing.assert_allclose(values, expected[0], rtol=1e-12)
-        np.testing.assert_allclose(grads, expected[1], rtol=1e-12)
+        with jax.debug_nans(True):
+            found, expected = value_and_grad([with_none, rarest], LOGITS, np.full(6, 3))
+        chex.assert_trees_all_close(found, expected, rtol=1e-12)
 
     def test_distribution_over_a_class_without_examples(self):
         loss = functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, 0])
@@ -260,15 +274,12 @@ class TestBalancedSoftmax:
         assert np.all(grads[1::2, 3] != 0)
 
     def test_tau_may_be_traced(self):
-        taus = jnp.array([0.5, 2.0])
-        values = jax.vmap(
-            lambda tau: losses.balanced_softmax(
-                jnp.asarray(LOGITS), LABELS, class_counts=COUNTS, tau=tau
-            )
-        )(taus)
-        for tau, value in zip((0.5, 2.0), values, strict=True):
-            expected = losses.balanced_softmax(LOGITS, LABELS, class_counts=COUNTS, tau=tau)
-            np.testing.assert_allclose(value, expected, rtol=1e-6)
+        def of(tau):
+            return losses.balanced_softmax(LOGITS, LABELS, class_counts=COUNTS, tau=tau)
+
+        expected = jax.jit(lambda: [of(0.5), of(2.0)])()
+        values = jax.jit(jax.vmap(of))(jnp.array([0.5, 2.0]))
+        np.testing.assert_allclose(values, expected, rtol=1e-6)
 
 
 class TestArb:
@@ -278,19 +289,19 @@ class TestArb:
         np.testing.assert_allclose(losses.arb(LOGITS, LABELS), expected, rtol=1e-12)
 
     def test_counts_are_taken_over_all_leading_dimensions(self, x64):
-        values = losses.arb(LOGITS.reshape(1, 2, 3, 4), LABELS.reshape(1, 2, 3))
-        np.testing.assert_allclose(values.ravel(), losses.arb(LOGITS, LABELS), rtol=1e-12)
+        values, expected = values_of(
+            lambda z: losses.arb(z.reshape(1, 2, 3, 4), LABELS.reshape(1, 2, 3)),
+            lambda z: losses.arb(z, LABELS),
+        )
+        np.testing.assert_allclose(values.ravel(), expected, rtol=1e-12)
 
     @pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["integers", "distributions"])
     def test_with_class_counts_is_balanced_softmax_exactly(self, labels):
-        values, grads = value_and_grad(
-            functools.partial(losses.arb, class_counts=COUNTS), LOGITS, labels
-        )
-        expected = value_and_grad(
-            functools.partial(losses.balanced_softmax, class_counts=COUNTS), LOGITS, labels
-        )
-        np.testing.assert_array_equal(values, expected[0])
-        np.testing.assert_array_equal(grads, expected[1])
+        both = [
+            functools.partial(loss, class_counts=COUNTS)
+            for loss in (losses.arb, losses.balanced_softmax)
+        ]
+        chex.assert_trees_all_equal(*value_and_grad(both, LOGITS, labels))
 
     @pytest.mark.parametrize("size", [1.0, 10.0, 30.0])
     def test_agrees_with_the_authors_inside_their_clamp(self, size):
@@ -299,7 +310,7 @@ class TestArb:
         counts = np.bincount(labels, minlength=4)
         logits64 = logits.astype(np.float64)
         expected = [numpy_losses.arb(z, y, counts) for z, y in zip(logits64, labels, strict=True)]
-        errors = np.abs(losses.arb(logits, labels) - np.array(expected))
+        errors = np.abs(jax.jit(losses.arb)(logits, labels) - np.array(expected))
         assert np.all(errors < 1e-6 * np.maximum(expected, 1))
 
     @pytest.mark.parametrize("counts", [[3, 3, 3], [9, 2, 1], [50, 1, 1], [7, 5, 0]])
@@ -307,27 +318,24 @@ class TestArb:
         labels = np.repeat([0, 1, 2], counts)
         logits = np.full((labels.size, 3), 0.3)
 
-        def attraction_and_repulsion(loss):
+        def attraction_and_repulsion(grads):
             """On each class weight: what its own examples and what the others pull on its logit."""
-            _, grads = value_and_grad(loss, logits, labels)
             own = labels[:, None] == np.arange(3)
             return np.sum(-grads, 0, where=own), np.sum(grads, 0, where=~own)
 
-        attraction, repulsion = attraction_and_repulsion(losses.arb)
-        np.testing.assert_allclose(attraction, repulsion, rtol=1e-12, atol=1e-14)
-        attraction, repulsion = attraction_and_repulsion(
-            optax.softmax_cross_entropy_with_integer_labels
-        )
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        (_, arb), (_, plain) = value_and_grad([losses.arb, cross_entropy], logits, labels)
+        np.testing.assert_allclose(*attraction_and_repulsion(arb), rtol=1e-12, atol=1e-14)
         balanced = len(set(counts)) == 1
-        assert np.allclose(attraction, repulsion) == balanced
+        assert np.allclose(*attraction_and_repulsion(plain)) == balanced
 
     def test_a_batch_of_one_class_needs_class_counts(self):
-        values, grads = value_and_grad(losses.arb, LOGITS, np.full(6, 2))
+        (values, grads), (_, running) = value_and_grad(
+            [losses.arb, PARTIALS["arb"]], LOGITS, np.full(6, 2)
+        )
         np.testing.assert_array_equal(values, 0)
         np.testing.assert_array_equal(grads, 0)
-        running = functools.partial(losses.arb, class_counts=COUNTS)
-        _, grads = value_and_grad(running, LOGITS, np.full(6, 2))
-        assert np.all(grads != 0)
+        assert np.all(running != 0)
 
     def test_absent_classes_leave_the_sum(self):
         _, grads = value_and_grad(losses.arb, LOGITS, np.array([0, 1, 0, 1, 0, 1]))
@@ -344,7 +352,7 @@ class TestArb:
                 functools.partial(losses.arb, axis_name="batch"), logits, labels, where=where
             )
 
-        results = jax.vmap(spread, axis_name="batch")(*split)
+        results = jax.jit(jax.vmap(spread, axis_name="batch"))(*split)
         for a, b in zip(results, expected, strict=True):
             np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-12, atol=1e-15)
 
@@ -358,38 +366,37 @@ class TestArb:
             in_specs=P("batch"),
             out_specs=P("batch"),
         )
-        for a, b in zip(
-            value_and_grad(spread, LOGITS, jnp.asarray(LABELS)),
-            value_and_grad(losses.arb, LOGITS, LABELS),
-            strict=True,
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+        found, expected = value_and_grad([spread, losses.arb], LOGITS, jnp.asarray(LABELS))
+        chex.assert_trees_all_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
 class TestLdam:
     def test_without_margin_is_scaled_cross_entropy(self, x64):
-        values = losses.ldam(LOGITS, LABELS, class_counts=COUNTS, max_margin=0.0, scale=3.0)
-        expected = optax.softmax_cross_entropy(3 * LOGITS, np.eye(4)[LABELS])
+        values, expected = values_of(
+            lambda z: losses.ldam(z, LABELS, class_counts=COUNTS, max_margin=0.0, scale=3.0),
+            lambda z: optax.softmax_cross_entropy(3 * z, np.eye(4)[LABELS]),
+        )
         np.testing.assert_allclose(values, expected, rtol=1e-12)
 
     def test_class_without_examples_has_the_margin_of_the_rarest(self, x64):
-        values, grads = value_and_grad(
-            functools.partial(losses.ldam, class_counts=[60, 25, 9, 0]), LOGITS, LABELS
+        with_none, rarest = (
+            functools.partial(losses.ldam, class_counts=[60, 25, 9, n]) for n in (0, 9)
         )
-        expected = losses.ldam(LOGITS, LABELS, class_counts=[60, 25, 9, 9])
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
-        assert np.all(np.isfinite(grads))
+        found, expected = value_and_grad([with_none, rarest], LOGITS, LABELS)
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-12)
+        assert np.all(np.isfinite(found[1]))
 
 
 class TestNormalizedLogits:
     def test_cosines(self, x64):
         kernel = np.random.default_rng(1).normal(size=(4, 3))
-        logits = losses.normalized_logits(LOGITS.reshape(2, 3, 4), kernel)
+        normalized_logits = jax.jit(losses.normalized_logits)
+        logits = normalized_logits(LOGITS.reshape(2, 3, 4), kernel)
         expected = [
             [x @ w / np.linalg.norm(x) / np.linalg.norm(w) for w in kernel.T] for x in LOGITS
         ]
         np.testing.assert_allclose(logits, np.reshape(expected, (2, 3, 3)), rtol=1e-12)
-        check_grads(losses.normalized_logits, (jnp.asarray(LOGITS), jnp.asarray(kernel)), order=1)
+        check_grads(normalized_logits, (jnp.asarray(LOGITS), jnp.asarray(kernel)), order=1)
 
     def test_zero_vectors(self):
         kernel = jnp.zeros([4, 3]).at[0, 0].set(2.0)
@@ -408,15 +415,18 @@ class TestNormalizedLogits:
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     def test_low_precision_is_computed_in_float32(self, dtype):
         features = jnp.array([[3e4, 4e4]], dtype)  # whose squares overflow float16
-        logits = losses.normalized_logits(features, jnp.eye(2, dtype=dtype))
+        logits = jax.jit(losses.normalized_logits)(features, np.eye(2, dtype=dtype))
         assert logits.dtype == jnp.float32
         np.testing.assert_allclose(logits, [[0.6, 0.8]], rtol=1e-2)
 
 
 class TestFocal:
     def test_gamma_0_is_cross_entropy(self, x64):
-        expected = optax.softmax_cross_entropy(LOGITS, MIXED)
-        np.testing.assert_allclose(losses.focal(LOGITS, MIXED, gamma=0), expected, rtol=1e-12)
+        values, expected = values_of(
+            lambda z: losses.focal(z, MIXED, gamma=0),
+            lambda z: optax.softmax_cross_entropy(z, MIXED),
+        )
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
 
     def test_certainty_with_a_small_gamma(self):
         logits = np.array([[200.0, 0, 0, 0]], np.float32)
@@ -429,7 +439,8 @@ class TestFocal:
 class TestSymmetricCrossEntropy:
     def test_distributions(self, x64):
         labels = np.array([[0.7, 0.3 - 1e-3, 1e-3, 0]] * 6)
-        values = losses.symmetric_cross_entropy(LOGITS, labels, alpha=0.5, beta=2.0, log_zero=-4.0)
+        options = {"alpha": 0.5, "beta": 2.0, "log_zero": -4.0}
+        (values,) = values_of(lambda z: losses.symmetric_cross_entropy(z, labels, **options))
         p = np.stack([numpy_losses.softmax(z) for z in LOGITS])
         log_q = np.array([np.log(0.7), np.log(0.299), -4, -4])
         expected = -0.5 * (labels * np.log(p)).sum(-1) - 2 * (p * log_q).sum(-1)
@@ -437,32 +448,36 @@ class TestSymmetricCrossEntropy:
 
     def test_reverse_term_is_bounded(self):
         logits = np.array([[-1e4, 1e4, 0, 0]], np.float32)
-        value = losses.symmetric_cross_entropy(logits, np.array([0]), alpha=0.0, log_zero=-7.0)
+        bounded = functools.partial(losses.symmetric_cross_entropy, alpha=0.0, log_zero=-7.0)
+        value, _ = value_and_grad(bounded, logits, np.array([0]))
         np.testing.assert_allclose(value, 7.0)
 
 
 class TestGeneralizedCrossEntropy:
     def test_meets_cross_entropy_and_absolute_error(self):
-        logits, one_hot = LOGITS.astype(np.float32), np.eye(4, dtype=np.float32)[LABELS]
-        cross_entropy = optax.softmax_cross_entropy(logits, one_hot)
-        values = losses.generalized_cross_entropy(logits, LABELS, q=1e-8)
-        np.testing.assert_allclose(values, cross_entropy, rtol=1e-6)
-        half_absolute_error = jnp.abs(jax.nn.softmax(logits) - one_hot).sum(-1) / 2
-        values = losses.generalized_cross_entropy(logits, LABELS, q=1.0)
-        np.testing.assert_allclose(values, half_absolute_error, rtol=1e-5)
+        one_hot = np.eye(4, dtype=np.float32)[LABELS]
+        small, cross_entropy, large = values_of(
+            lambda z: losses.generalized_cross_entropy(z, LABELS, q=1e-8),
+            lambda z: optax.softmax_cross_entropy(z, one_hot),
+            lambda z: losses.generalized_cross_entropy(z, LABELS, q=1.0),
+        )
+        np.testing.assert_allclose(small, cross_entropy, rtol=1e-6)
+        softmax = np.array([numpy_losses.softmax(z) for z in LOGITS])
+        half_absolute_error = np.abs(softmax - one_hot).sum(axis=-1) / 2
+        np.testing.assert_allclose(large, half_absolute_error, rtol=1e-5)
 
     def test_truncated_is_constant_below_and_never_negative(self):
         probabilities = np.array([0.01, 0.2, 0.49, 0.51, 0.8, 0.99], np.float32)
         logits = np.log(np.stack([probabilities, 1 - probabilities], axis=-1))
         labels = np.zeros(6, int)
-        values, grads = value_and_grad(
-            functools.partial(losses.generalized_cross_entropy, truncation=0.5), logits, labels
+        truncated = functools.partial(losses.generalized_cross_entropy, truncation=0.5)
+        (values, grads), plain = value_and_grad(
+            [truncated, losses.generalized_cross_entropy], logits, labels
         )
-        plain_values, plain_grads = value_and_grad(losses.generalized_cross_entropy, logits, labels)
         np.testing.assert_allclose(values[:3], (1 - 0.5**0.7) / 0.7, rtol=1e-6)
         np.testing.assert_array_equal(grads[:3], 0)
-        np.testing.assert_array_equal(values[3:], plain_values[3:])
-        np.testing.assert_array_equal(grads[3:], plain_grads[3:])
+        np.testing.assert_array_equal(values[3:], plain[0][3:])
+        np.testing.assert_array_equal(grads[3:], plain[1][3:])
         assert np.all(values >= 0)
 
 

@@ -145,20 +145,26 @@ def test_unguarded():
     assert np.all(np.isfinite(baselines))
 
 
-@pytest.mark.parametrize("lam", [0.1, 2.0, 50.0, -2.0])
-@pytest.mark.parametrize("poisoned", [0, 1, 30])
-def test_a_loss_of_1e30_is_over_after_60_steps(poisoned, lam):
-    """In the very first batch, too, and with no guard at all."""
+@jax.jit
+def scales_and_baselines(lam, batches):
     tx = scale_by_attention(lam)
 
     def step(state, losses):
         scale, state = tx.update(jnp.ones([]), state, value=tilt(losses, state).mean())
-        return state, scale
+        return state, (scale, state.baseline)
 
-    losses = np.random.default_rng(3).gamma(2.0, size=(poisoned + 61, BATCH)).astype(np.float32)
-    clean, scales = jax.lax.scan(step, tx.init(None), losses)
+    return jax.lax.scan(step, tx.init(None), batches)[1]
+
+
+@pytest.mark.parametrize("lam", [0.1, 2.0, 50.0, -2.0])
+@pytest.mark.parametrize("poisoned", [0, 1, 30])
+def test_a_loss_of_1e30_is_over_after_60_steps(poisoned, lam):
+    """In the very first batch, too, and with no guard at all."""
+    losses = np.random.default_rng(3).gamma(2.0, size=(91, BATCH)).astype(np.float32)
+    expected = scales_and_baselines(lam, losses)
     losses[poisoned, 5] = 1e30
-    state, poisoned_scales = jax.lax.scan(step, tx.init(None), losses)
-    assert np.all(np.isfinite(poisoned_scales))
-    np.testing.assert_allclose(state.baseline, clean.baseline, atol=1e-6 * abs(lam))
-    np.testing.assert_allclose(poisoned_scales[-1], scales[-1], rtol=1e-5)
+    scales, baselines = scales_and_baselines(lam, losses)
+    assert np.all(np.isfinite(scales))
+    after = poisoned + 60
+    np.testing.assert_allclose(baselines[after], expected[1][after], atol=1e-6 * abs(lam))
+    np.testing.assert_allclose(scales[after], expected[0][after], rtol=1e-5)

@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -18,10 +16,9 @@ LOSSES = np.random.default_rng(0).gamma(2.0, size=24).astype(np.float32)
 value_and_grad = jax.jit(jax.value_and_grad(robust_loss))
 
 
+@jax.jit
 def masked_value_and_grad(losses, temperature, where):
-    return jax.jit(jax.value_and_grad(functools.partial(robust_loss, where=where)))(
-        losses, temperature
-    )
+    return jax.value_and_grad(robust_loss)(losses, temperature, where=where)
 
 
 def expected_loss(losses, temperature):
@@ -45,7 +42,7 @@ class TestRobustLoss:
     @pytest.mark.parametrize("temperature", TEMPERATURES)
     def test_higher_derivatives_in_losses_and_temperature(self, temperature, x64):
         losses = jnp.asarray(LOSSES[:5], jnp.float64)
-        check_grads(robust_loss, (losses, jnp.float64(temperature)), order=2)
+        check_grads(jax.jit(robust_loss), (losses, jnp.float64(temperature)), order=2)
 
     @pytest.mark.parametrize("temperature", [np.inf, -np.inf, 1e8, -1e8, 1e30, -3e38])
     def test_meets_the_mean(self, temperature):
@@ -55,7 +52,7 @@ class TestRobustLoss:
 
     def test_gradient_in_an_infinite_temperature_is_zero(self):
         with jax.debug_nans(True):
-            assert jax.grad(robust_loss, argnums=1)(LOSSES, jnp.inf) == 0
+            assert jax.jit(jax.grad(robust_loss, argnums=1))(LOSSES, jnp.inf) == 0
 
     @pytest.mark.parametrize("temperature", [1.0, -1.0])
     def test_one_example_among_many(self, temperature):
@@ -136,16 +133,16 @@ class TestRobustLoss:
         loss = jax.jit(chex.assert_max_traces(lambda t: robust_loss(losses, t), n=1))
         temperatures = jnp.array((*TEMPERATURES, np.inf))
         each = jnp.stack([loss(t) for t in temperatures])
-        chex.assert_trees_all_close(
-            jax.vmap(lambda t: robust_loss(losses, t))(temperatures), each, rtol=1e-6
-        )
+        mapped = jax.jit(jax.vmap(lambda t: robust_loss(losses, t)))(temperatures)
+        chex.assert_trees_all_close(mapped, each, rtol=1e-6)
 
     def test_traced_values_are_not_checked(self):
         assert jnp.isnan(jax.jit(robust_loss)(LOSSES, jnp.nan))
 
     def test_remat(self):
         expected = value_and_grad(LOSSES, 0.5)
-        actual = jax.value_and_grad(jax.checkpoint(lambda x: robust_loss(x, 0.5)))(LOSSES)
+        rematerialized = jax.checkpoint(lambda losses: robust_loss(losses, 0.5))
+        actual = jax.jit(jax.value_and_grad(rematerialized))(LOSSES)
         chex.assert_trees_all_close(actual, expected, rtol=1e-6)
 
     @pytest.mark.parametrize("temperature", [0.5, -0.5, np.inf])

@@ -13,6 +13,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Of distributions that are not named as what is imported from them.
 MODULES = {"absgd-jax": "absgd_jax", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+# Run, and not imported.
+TOOLS = {"pytest-xdist"}
 
 LIBRARY, BENCHMARKS, TESTS = (
     set((ROOT / folder).rglob("*.py")) for folder in ("absgd_jax", "benchmarks", "tests")
@@ -27,7 +29,7 @@ OURS = {"absgd_jax", "benchmarks", "tests"}
 
 
 def declared(*requirements):
-    names = (re.match(r"[\w-]+", requirement)[0] for requirement in requirements)
+    names = {re.match(r"[\w-]+", requirement)[0] for requirement in requirements} - TOOLS
     return {MODULES.get(name, name) for name in names} - OURS
 
 

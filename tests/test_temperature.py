@@ -11,7 +11,6 @@ from absgd_jax import (
     abadam,
     absgd,
     accumulate,
-    diagnostics,
     get_temperature,
     robust_loss,
     scale_by_attention,
@@ -21,20 +20,27 @@ from absgd_jax import (
     two_stage,
 )
 from tests.support.attended import attend, follow
+from tests.support.reference import divergences, tune
 
 ESS, KL = functools.partial(target_ess, 0.5), functools.partial(target_kl, 0.3)
+TARGETS = {"ess": (ESS, {"ess": 0.5}), "kl": (KL, {"kl": 0.3})}
 BATCHES = np.random.default_rng(0).exponential(size=(600, 128)).astype(np.float32)
 LEANS = {"hard": 1.0, "easy": -1.0}
+in_both_ways = pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+either_sign = pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
 
 
-def numpy_divergences(losses, lam):
+def staged(**kwargs):
+    return two_stage(ESS(**kwargs), 20)
+
+
+def reached(losses, lam):
     """1 / ESS - 1 and KL, in float64."""
     z = np.float64(losses) / lam
-    w = np.exp(z - z.max()) / np.exp(z - z.max()).sum()
-    return w.size * np.sum(w**2) - 1, np.sum(w * np.log(w.size * w))
+    return divergences(np.exp(z - z.max()))
 
 
-def tuned(temperature, batches=BATCHES, first=None, where=None):
+def tune_all(temperature, batches, first=None, where=None):
     """λ before each batch, and after the last one."""
     tx = scale_by_attention(temperature)
     state = tx.init(None)
@@ -48,6 +54,16 @@ def tuned(temperature, batches=BATCHES, first=None, where=None):
 
     state, before = jax.lax.scan(step, state, jnp.asarray(batches))
     return jnp.append(before, state.temperature)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def tune_jit(make, init_value, damping, batches, first, where):
+    return tune_all(make(init_value=init_value, damping=damping), batches, first, where)
+
+
+def tuned(make, batches=BATCHES, *, init_value=np.inf, damping=2.0, first=None, where=None):
+    """As ``tune_all``. Of fewer batches it is the beginning."""
+    return np.asarray(tune_jit(make, init_value, damping, batches, first, where))
 
 
 def scheduled(temperature, steps):
@@ -104,19 +120,21 @@ class TestGiven:
             _, state = tx.update(None, state, value=1.0)
         assert found == [3.0, 3.0, 4.0, 4.0]
 
-    @pytest.mark.parametrize("sign", [1, -1])
     @pytest.mark.parametrize(
         "decay",
         [optax.linear_schedule(5.0, 0.0, 8), optax.cosine_decay_schedule(5.0, 8)],
         ids=["linear", "cosine"],
     )
-    def test_decay_to_0_stops_short_of_it(self, decay, sign):
-        tx = scale_by_attention(lambda count: sign * decay(count))
-        weights, states = follow(tx, BATCHES[:20])
-        assert np.all(np.isfinite(weights))
-        assert np.all(weights[9:].sum(axis=1) > 0)
-        last = jax.tree.map(lambda x: x[-1], states)
-        assert get_temperature(last) == sign * np.float32(1e-6)
+    def test_decay_to_0_stops_short_of_it(self, decay):
+        @jax.jit
+        def run(sign):
+            return follow(scale_by_attention(lambda count: sign * decay(count)), BATCHES[:20])
+
+        for sign in (1, -1):
+            weights, states = run(sign)
+            assert np.all(np.isfinite(weights))
+            assert np.all(weights[9:].sum(axis=1) > 0)
+            assert states.temperature[-1] == sign * np.float32(1e-6)
 
     @pytest.mark.parametrize("zero", [0.0, -0.0])
     def test_an_array_of_0_is_the_smallest_of_its_sign(self, zero):
@@ -139,19 +157,19 @@ class TestTwoStage:
         found = scheduled(two_stage(two_stage(2.0, 2), 1), 5)
         np.testing.assert_array_equal(found, [np.inf] * 3 + [2, 2])
 
-    @pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
+    @either_sign
     def test_automatic(self, sign):
         """The last plain batch puts λ in its place."""
-        lams = tuned(two_stage(ESS(init_value=sign * jnp.inf), 20), BATCHES[:40])
+        lams = tuned(staged, init_value=sign * np.inf)
         np.testing.assert_array_equal(lams[:20], np.full(20, sign * np.inf))
         np.testing.assert_allclose(lams[20], sign * BATCHES[19].std(), rtol=1e-5)
         assert 0.3 < lams[39] / lams[20] < 3  # near where it belongs
 
     def test_automatic_from_a_number(self):
-        lams = tuned(two_stage(ESS(init_value=-3.0), 5), BATCHES[:40])
-        np.testing.assert_array_equal(lams[:6], [-np.inf] * 5 + [-3.0])
-        expected = tuned(ESS(init_value=-3.0), BATCHES[5:40])
-        np.testing.assert_allclose(lams[5:], expected, rtol=1e-5)
+        lams = tuned(staged, init_value=-3.0)
+        np.testing.assert_array_equal(lams[:21], [-np.inf] * 20 + [-3.0])
+        expected = tuned(ESS, np.roll(BATCHES, -20, axis=0), init_value=-3.0)
+        np.testing.assert_allclose(lams[20:60], expected[:40], rtol=1e-5)
 
     @pytest.mark.parametrize("begin", [0, 4])
     def test_traced(self, begin):
@@ -160,142 +178,132 @@ class TestTwoStage:
 
 
 class TestTarget:
-    @pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
-    @pytest.mark.parametrize(("make", "index"), [(ESS, 0), (KL, 1)], ids=["ess", "kl"])
-    def test_is_held(self, make, index, sign):
+    @either_sign
+    @pytest.mark.parametrize(("make", "index", "target"), [(ESS, 0, 1.0), (KL, 1, 0.3)])
+    def test_is_held(self, make, index, target, sign):
         """In the mean of the logarithm over batches that it has not seen before."""
-        lams = tuned(make(init_value=sign * jnp.inf))
+        lams = tuned(make, init_value=sign * np.inf)
         assert np.all(np.sign(lams) == sign)
-        reached = [
-            numpy_divergences(batch, lam)[index]
-            for batch, lam in zip(BATCHES[100:], lams[100:], strict=False)
-        ]
-        target = (1.0, 0.3)[index]
-        assert np.exp(np.mean(np.log(reached))) == pytest.approx(target, rel=0.03)
+        pairs = zip(BATCHES[100:], lams[100:], strict=False)
+        found = [reached(batch, lam)[index] for batch, lam in pairs]
+        assert np.exp(np.mean(np.log(found))) == pytest.approx(target, rel=0.03)
 
-    @pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+    @either_sign
+    @in_both_ways
     @pytest.mark.parametrize("factor", [0.01, 100.0])
     @pytest.mark.parametrize("n", [16, 128])
     def test_settles_within_50_steps(self, make, factor, sign, n):
-        temperature = make(init_value=sign * jnp.inf)
-        settled = tuned(temperature, BATCHES[:, :n])[100:]
-        level, spread = np.log(np.abs(settled)).mean(), np.log(np.abs(settled)).std()
-        lams = tuned(temperature, BATCHES[:60, :n], first=factor * sign * np.exp(level))
+        batches = BATCHES[:, :n]
+        settled = np.log(np.abs(tuned(make, batches, first=sign * np.inf)[100:]))
+        level, spread = settled.mean(), settled.std()
+        lams = tuned(make, batches, first=factor * sign * np.exp(level))[:61]
         # From there on it strays from its level no further than it always does, or a little.
         assert np.abs(np.log(np.abs(lams[50:])) - level).max() < max(4 * spread, 0.15)
 
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+    @in_both_ways
     def test_starts_where_a_normal_distribution_would_be_on_target(self, make):
-        (first, second) = tuned(make(), BATCHES[:1])
+        first, second = tuned(make)[:2]
         assert first == np.inf
         variance = {ESS: 1.0, KL: 2 * 0.3}[make]
         np.testing.assert_allclose(second, np.sqrt(BATCHES[0].var() / variance), rtol=1e-5)
 
-    @pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
+    @either_sign
     def test_kl_is_the_dual_variable(self, sign, x64):
         """λ of the radius solves the dual problem, and its weights the primal one."""
         losses, radius = np.float64(BATCHES[0]), 0.3
-        lam = tuned(KL(init_value=sign * jnp.inf), np.stack([losses] * 400))[-1]
+        lam = tuned(KL, np.stack([losses] * 400), init_value=sign * np.inf)[-1]
         grid = lam * np.exp(np.linspace(-1, 1, 20001))
-        dual = jax.vmap(lambda t: robust_loss(losses, t) + t * radius)(grid)
+        dual = jax.jit(jax.vmap(lambda t: robust_loss(losses, t) + t * radius))(grid)
         best = np.argmin(sign * dual)
         np.testing.assert_allclose(grid[best], lam, rtol=1e-3)
-        weights = jax.grad(robust_loss)(losses, lam)
-        np.testing.assert_allclose(diagnostics.kl_divergence(weights), radius, rtol=1e-9)
+        weights = np.array(jax.jit(jax.grad(robust_loss))(losses, lam))
+        np.testing.assert_allclose(divergences(weights)[1], radius, rtol=1e-9)
         np.testing.assert_allclose(np.sum(weights * losses), dual[best], rtol=1e-6)
 
     @pytest.mark.parametrize("scale", [1e-3, 1e3])
     @pytest.mark.parametrize("shift", [0.0, 5.0])
     def test_follows_the_scale_of_the_losses_and_not_their_shift(self, scale, shift):
-        expected = tuned(ESS(), BATCHES[:100])
-        actual = tuned(ESS(), scale * (BATCHES[:100] + np.float32(shift)))
-        np.testing.assert_allclose(actual[1:] / scale, expected[1:], rtol=1e-3)
+        moved = np.float32(scale) * (BATCHES + np.float32(shift))
+        actual, expected = tuned(ESS, moved)[1:101], tuned(ESS)[1:101]
+        np.testing.assert_allclose(actual / scale, expected, rtol=1e-3)
 
     def test_flips_with_the_losses(self):
-        np.testing.assert_allclose(
-            tuned(ESS(init_value=-jnp.inf), -BATCHES), -tuned(ESS(damping=0.0)), rtol=1e-5
-        )
+        found = tuned(ESS, -BATCHES, init_value=-np.inf)
+        np.testing.assert_allclose(found, -tuned(ESS, damping=0.0), rtol=1e-5)
 
     def test_of_many_at_once(self):
-        fractions = np.float32([0.3, 0.5, 0.9])
-        lams = jax.vmap(lambda f: tuned(target_ess(f)))(fractions)
-        expected = [tuned(target_ess(fraction)) for fraction in fractions]
-        np.testing.assert_allclose(lams, expected, rtol=1e-4)
+        def run(fraction):
+            return tune_all(target_ess(fraction), BATCHES)
+
+        fractions, alone = np.float32([0.3, 0.5, 0.9]), jax.jit(run)
+        lams = jax.jit(jax.vmap(run))(fractions)
+        np.testing.assert_allclose(lams, [alone(f) for f in fractions], rtol=1e-4)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def one_step(make, lam, baseline, losses, where):
+    tx = scale_by_attention(make())
+    state = tx.init(None)._replace(temperature=lam, baseline=baseline)
+    return tx.update(None, state, value=1.0, losses=losses, where=where)[1].temperature
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("make", "target"), TARGETS.values(), ids=TARGETS)
 @pytest.mark.parametrize("lam", [0.05, 3.0, 1e3, 1e5, -0.05, -3.0, -1e5])
-@pytest.mark.parametrize(("make", "index"), [(ESS, 0), (KL, 1)], ids=["ess", "kl"])
-class TestStep:
-    """One update from λ is that of the formula, in float64, wherever V stands."""
-
-    def check(self, make, index, lam, where=None):
-        losses = BATCHES[0] if where is None else BATCHES[0][where]
-        target = (1.0, 0.3)[index]
-        excess = np.log(numpy_divergences(losses, lam)[index] / target)
-        expected = lam * np.exp(np.clip(0.1 * excess, -np.log(2), np.log(2)))
-        poisoned = BATCHES[0] if where is None else np.where(where, BATCHES[0], np.nan)
-        tx = scale_by_attention(make())
-        for baseline in (0.0, 1.0):
-            state = tx.init(None)._replace(
-                temperature=jnp.float32(lam), baseline=jnp.float32(baseline)
-            )
-            _, state = tx.update(None, state, value=1.0, losses=np.float32(poisoned), where=where)
-            np.testing.assert_allclose(state.temperature, expected, rtol=1e-4)
-
-    def test_value(self, make, index, lam):
-        self.check(make, index, lam)
-
-    def test_mask(self, make, index, lam):
-        self.check(make, index, lam, np.random.default_rng(1).random(128) > 0.4)
+def test_one_update_is_that_of_the_formula(make, target, lam, masked):
+    """In float64, wherever V stands."""
+    where = np.random.default_rng(1).random(128) > 0.4 if masked else None
+    losses = np.where(where, BATCHES[0], np.nan) if masked else BATCHES[0]
+    expected, _ = tune(BATCHES[0][where] if masked else losses, lam, **target)
+    for baseline in (0.0, 1.0):
+        found = one_step(make, jnp.float32(lam), jnp.float32(baseline), losses, where)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 DEGENERATE = {
     "all_equal": np.full(8, 2.5),
     "one_example": np.array([2.5]),
-    "nan": np.array([1.0, np.nan, 2.0]),
-    "inf": np.array([1.0, np.inf, 2.0]),
+    "nan": np.array([1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
+    "inf": np.array([1.0, np.inf, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
 }
 
 
 class TestDegenerate:
     @pytest.mark.parametrize("lam", [1.5, -1.5, np.inf, -np.inf])
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+    @in_both_ways
     @pytest.mark.parametrize("name", DEGENERATE)
     def test_batch_leaves_it(self, name, make, lam):
         losses = DEGENERATE[name].astype(np.float32)
-        assert tuned(make(), losses[None], first=lam)[1] == np.float32(lam)
+        assert tuned(make, losses[None], first=lam)[1] == np.float32(lam)
 
     @pytest.mark.parametrize("lam", [1.5, -1.5, np.inf])
     def test_masked_whole(self, lam):
-        after = tuned(ESS(), BATCHES[:1], first=lam, where=np.zeros(128, bool))[1]
+        after = tuned(ESS, BATCHES[:1], first=lam, where=np.zeros(128, bool))[1]
         assert after == np.float32(lam)
 
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
     @pytest.mark.parametrize("k", [1, 3], ids=["whole", "micro_batches"])
-    def test_equal_losses_leave_it_whatever_their_sums_round_to(self, make, k):
+    @pytest.mark.parametrize("n", [3, 48, 96, 129, 1536, 3000])
+    def test_equal_losses_leave_it_whatever_their_sums_round_to(self, n, k):
         """As with any head that starts at zero: all losses are log C."""
-        tx = scale_by_attention(make())
-        tx = tx if k == 1 else accumulate(tx, k)
 
-        @functools.partial(jax.jit, static_argnums=1)
-        def after(losses, n):
+        def after(make, loss):
+            tx = scale_by_attention(make())
+            tx = tx if k == 1 else accumulate(tx, k)
             state = tx.init(None)
-            for part in jnp.split(jnp.full(n, losses), k):
-                value = tilt(part, state).mean()
-                _, state = tx.update(None, state, value=value, losses=part)
+            for part in jnp.split(jnp.full(n, loss), k):
+                _, state = tx.update(None, state, value=1.0, losses=part)
             return get_temperature(state)
 
+        run = jax.jit(lambda loss: [after(make, loss) for make in (ESS, KL)])
         levels = np.log(np.float32([2, 3, 7, 10, 37, 100, 1000]))
-        for n in (3, 48, 96, 129, 1536, 3000):
-            np.testing.assert_array_equal([after(x, n) for x in levels], np.inf)
+        np.testing.assert_array_equal([run(x) for x in levels], np.inf)
 
-    @pytest.mark.parametrize("sign", LEANS.values(), ids=LEANS)
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+    @either_sign
+    @in_both_ways
     @pytest.mark.parametrize("n", [2, 3])
     def test_targets_out_of_reach_of_a_small_batch(self, n, make, sign):
         """Half of two examples is one: λ would fall to 0."""
-        lams = tuned(make(init_value=sign * jnp.inf), BATCHES[:, :n])
+        lams = tuned(make, BATCHES[:, :n], init_value=sign * np.inf)
         assert np.all(np.abs(lams[50:]) > 0.05)
 
     def test_losses_that_hardly_differ(self):
@@ -307,40 +315,41 @@ class TestDegenerate:
             assert get_temperature(state) < 0
         assert np.isfinite(get_temperature(state))
 
-    @pytest.mark.parametrize("make", [ESS, KL], ids=["ess", "kl"])
+    @in_both_ways
     def test_comes_back_from_where_ties_have_sent_it(self, make):
         ties = np.repeat(np.float32([[0.0, 3.0]]), 2000, axis=0).repeat((120, 8), axis=1)
-        lams = tuned(make(init_value=-jnp.inf), np.concatenate([ties, BATCHES[:150]]))
+        lams = tuned(make, np.concatenate([ties, BATCHES[:150]]), init_value=-np.inf)
         assert np.all(np.isfinite(lams[1:]))
         assert np.all(lams[1:] < 0)
         assert lams[2000] > -0.05
-        settled = np.log(-tuned(make(init_value=-jnp.inf))[100:])
+        settled = np.log(-tuned(make, init_value=-np.inf)[100:])
         assert abs(np.log(-lams[-1]) - settled.mean()) < 4 * settled.std()
 
     @pytest.mark.parametrize("gamma", [0.9, 0.1])
     @pytest.mark.parametrize("largest", [1e3, 1e30])
     def test_one_enormous_loss(self, largest, gamma):
         """It doubles λ at most, and is over in ten steps, whatever its size."""
-        batches = BATCHES[:100].copy()
+        batches = BATCHES.copy()
         batches[50, 0] = largest
-        lams, expected = tuned(ESS(), batches), tuned(ESS(), BATCHES[:100])
+        lams, expected = tuned(ESS, batches), tuned(ESS)
         assert lams[51] / lams[50] <= 2.001
         np.testing.assert_allclose(lams[100], expected[100], rtol=0.02)
-
-        def sums(max_jump=None):
-            tx = scale_by_attention(ESS(damping=0.0), gamma=gamma, max_jump=max_jump)
-
-            def step(state, batch):
-                weights, state = attend(tx, batch, state, losses=batch)
-                return state, weights.sum()
-
-            return np.array(jax.lax.scan(step, tx.init(None), jnp.asarray(batches))[1])
-
-        recovered = sums()
+        recovered = np.array(sums_of_weights(batches[:100], gamma))
         assert np.all(recovered[60:] > 0.5)
         assert np.all(recovered[60:] < 2)
         # Without the bound it is not.
-        assert sums(max_jump=jnp.inf)[60] < 0.01
+        assert sums_of_weights(batches[:100], gamma, max_jump=np.inf)[60] < 0.01
+
+
+@functools.partial(jax.jit, static_argnames="max_jump")
+def sums_of_weights(batches, gamma, max_jump=None):
+    tx = scale_by_attention(ESS(damping=0.0), gamma=gamma, max_jump=max_jump)
+
+    def step(state, batch):
+        weights, state = attend(tx, batch, state, losses=batch)
+        return state, weights.sum()
+
+    return jax.lax.scan(step, tx.init(None), batches)[1]
 
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(128, 3)), jnp.float32)
@@ -378,11 +387,11 @@ class TestInTheOptimizer:
     @pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
     def test_trains_at_the_target(self, make):
         tx = make(0.02, target_ess(0.7, init_value=-jnp.inf))
-        params, opt_state, lams = train(tx, 200)
+        params, _, lams = train(tx, 200)
         assert np.all(lams < 0)
-        losses = jnp.square(jnp.sum(X * params["w"][None], axis=1) + params["b"] - Y)
-        weights = jax.grad(robust_loss)(losses, get_temperature(opt_state))
-        assert diagnostics.effective_sample_size(weights) == pytest.approx(0.7, abs=0.02)
+        losses = np.square(np.asarray(X) @ params["w"] + params["b"] - Y)
+        chi2, _ = reached(losses, float(lams[-1]))
+        assert 1 / (1 + chi2) == pytest.approx(0.7, abs=0.02)
 
     def test_the_plain_stage_is_plain_sgd(self):
         params, _, _ = train(absgd(0.02, two_stage(ESS(), 20)), 20)
@@ -392,9 +401,10 @@ class TestInTheOptimizer:
         """The first weighted batch has its own weights, which sum to 1."""
         for temperature in (ESS(damping=0.0, init_value=1.0), two_stage(ESS(damping=0.0), 3)):
             tx = scale_by_attention(temperature, gamma=0.1)
+            step = jax.jit(lambda losses, state, tx=tx: attend(tx, losses, state, losses=losses))
             state = tx.init(None)
             for losses in BATCHES[:10]:
-                weights, state = attend(tx, jnp.asarray(losses), state, losses=losses)
+                weights, state = step(losses, state)
                 if state.averaged == 1:
                     assert weights.sum() == pytest.approx(1, rel=1e-5)
 
@@ -406,7 +416,7 @@ class TestInTheOptimizer:
                 tx = scale_by_attention(ESS(init_value=sign, damping=damping))
                 weights, _ = attend(tx, jnp.asarray(BATCHES[0]), tx.init(None), losses=BATCHES[0])
                 scales.append(weights.sum())
-            chi2, _ = numpy_divergences(BATCHES[0], sign)
+            chi2, _ = reached(BATCHES[0], sign)
             expected = 1 + 3.0 * np.sqrt(chi2) if lean == "hard" else 1.0
             assert scales[0] / scales[1] == pytest.approx(expected, rel=1e-4)
 
@@ -430,25 +440,30 @@ class TestInTheOptimizer:
             chex.assert_trees_all_equal_dtypes(updates, params)
             return opt_state, None
 
-        opt_state, _ = jax.lax.scan(body, tx.init(params), jnp.asarray(BATCHES[:20], dtype))
+        scan = jax.jit(functools.partial(jax.lax.scan, body))
+        opt_state, _ = scan(tx.init(params), jnp.asarray(BATCHES[:20], dtype))
         assert get_temperature(opt_state).dtype == jnp.float32
-        expected = tuned(KL(), BATCHES[:20])[-1]
+        expected = tuned(KL)[20]
         np.testing.assert_allclose(get_temperature(opt_state), expected, rtol=0.02)
 
     def test_accumulates(self):
         """Micro-batches of unlike sizes, a mask on each."""
         mask = np.random.default_rng(2).random(128) > 0.3
         tx = scale_by_attention(KL())
-        for lam in (jnp.inf, 0.8):
-            state = optax.tree.set(tx.init(0.0), temperature=jnp.asarray(lam, float))
+        micro = accumulate(tx, 4)
+        parts = [np.split(x, [5, 40, 41]) for x in (BATCHES[0], mask)]
+
+        @jax.jit
+        def both(lam):
+            state = optax.tree.set(tx.init(0.0), temperature=lam)
             _, expected = tx.update(1.0, state, value=1.0, losses=BATCHES[0], where=mask)
-            micro = accumulate(tx, 4)
-            state = optax.tree.set(micro.init(0.0), temperature=jnp.asarray(lam, float))
-            for losses, where in zip(
-                np.split(BATCHES[0], [5, 40, 41]), np.split(mask, [5, 40, 41]), strict=True
-            ):
+            state = optax.tree.set(micro.init(0.0), temperature=lam)
+            for losses, where in zip(*parts, strict=True):
                 _, state = micro.update(1.0, state, value=1.0, losses=losses, where=where)
-            chex.assert_trees_all_close(state.inner_opt_state, expected, rtol=1e-5, atol=1e-6)
+            return state.inner_opt_state, expected
+
+        for lam in (jnp.inf, 0.8):
+            chex.assert_trees_all_close(*both(jnp.float32(lam)), rtol=1e-5, atol=1e-6)
 
     def test_passes_no_gradient(self, x64):
         """From λ to the losses that tuned it."""
@@ -457,40 +472,24 @@ class TestInTheOptimizer:
             tx = scale_by_attention(ESS(init_value=0.7))
             return tx.update(None, tx.init(None), value=1.0, losses=losses)[1].temperature
 
-        np.testing.assert_array_equal(jax.grad(after)(jnp.float64(BATCHES[0])), 0)
+        np.testing.assert_array_equal(jax.jit(jax.grad(after))(np.float64(BATCHES[0])), 0)
 
     @pytest.mark.parametrize("static_args", [(), ("temperature",)], ids=["injected", "static"])
     def test_inject_hyperparams(self, static_args):
         """It keeps what an automatic temperature has: damping, and the bound on jumps."""
         tx = optax.inject_hyperparams(absgd, static_args=static_args)(0.02, KL())
         params, _, lams = train(tx, 30)
-        expected, _, expected_lams = train(absgd(0.02, KL()), 30)
+        expected, _, expected_lams = with_damping(2.0)
         np.testing.assert_allclose(lams, expected_lams, rtol=1e-5)
         chex.assert_trees_all_close(params, expected, rtol=1e-5)
-        undamped, _, _ = train(absgd(0.02, KL(damping=0.0)), 30)
+        undamped, _, _ = with_damping(0.0)
         assert not np.allclose(undamped["w"], expected["w"], rtol=1e-3)
 
 
-class TestBadInput:
-    @pytest.mark.parametrize(
-        ("extra_args", "error", "message"),
-        [
-            ({}, TypeError, "losses is missing; an automatic temperature"),
-            ({"losses": jnp.float32(1.0)}, ValueError, "losses must hold one entry an example"),
-            ({"losses": jnp.ones(3, int)}, TypeError, "losses must be floating point"),
-            (
-                {"losses": jnp.ones(3), "where": jnp.ones(2, bool)},
-                ValueError,
-                "where must have the shape of losses",
-            ),
-            ({"losses": jnp.ones(3), "where": jnp.float32(3)}, TypeError, "where must be boolean"),
-        ],
-    )
-    @pytest.mark.parametrize("wrap", [lambda t: t, lambda t: two_stage(t, 3)])
-    def test_update(self, wrap, extra_args, error, message):
-        tx = absgd(0.1, wrap(ESS()))
-        with pytest.raises(error, match=message):
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0, **extra_args)
+@jax.jit
+def with_damping(damping):
+    return train(absgd(0.02, KL(damping=damping)), 30)
 
-    def test_traced_arguments_are_not_checked(self):
-        jax.vmap(lambda f: target_ess(f).init())(jnp.array([2.0, 0.5]))
+
+def test_traced_arguments_are_not_checked():
+    jax.vmap(lambda f: target_ess(f).init())(jnp.array([2.0, 0.5]))

@@ -41,36 +41,28 @@ def expected(temperature):
 
     ``temperature`` is λ, or of an automatic one the first λ and the target of KL.
     """
-    params, batches = problem()
+    params, (xs, ys, weights, counts, totals) = problem()
     lam, radius = temperature if isinstance(temperature, tuple) else (temperature, None)
-    momentum, u, averaged = {k: np.zeros_like(p) for k, p in params.items()}, 0.0, 0
-    for x, y, weight, counts, _ in zip(*batches, strict=True):
-        kept = weight > 0
-        x, y, share = x[kept], y[kept], weight[kept] / max(weight.sum(), 1e-3)
-        grads = dict.fromkeys(params, 0.0)
-        if len(y):
-            with np.errstate(divide="ignore"):
-                each, gradient = reference.cross_entropy(params, x, y, np.log(counts))
-        if len(y) and np.isinf(lam):
-            grads = gradient(share)
-            lam = np.copysign(np.sqrt(each.var() / (2 * radius)), lam)
-        elif len(y):
-            averaged += 1
-            gamma = GAMMA if radius is None else GAMMA / (1 - (1 - GAMMA) ** averaged)
-            tilted = np.exp(each / lam)
-            u = (1 - gamma) * u + gamma * np.sum(share * tilted)
-            grads = gradient(share * tilted / u)
-            if radius is not None:
-                q = tilted / tilted.sum()
-                if lam > 0:
-                    damping = 1 + 2 * np.sqrt(len(y) * np.sum(q**2) - 1)
-                    grads = {k: g / damping for k, g in grads.items()}
-                before, lam = lam, lam * (np.sum(q * np.log(len(y) * q)) / radius) ** 0.1
-                u **= before / lam  # λ log u is what stays
-        for k, p in params.items():
-            momentum[k] = reference.MOMENTUM * momentum[k] + grads[k] + WEIGHT_DECAY * p
-            params[k] = p - RATE * momentum[k]
-    return params, lam, lam * np.log(u)
+    with np.errstate(divide="ignore"):
+        rows = zip(xs, ys, weights > 0, np.log(counts), strict=True)
+    batches = [(x[kept], y[kept], log_counts) for x, y, kept, log_counts in rows]
+
+    def attend(step, losses, state):
+        lam, baseline, averaged = state
+        shares = weights[step][weights[step] > 0] / totals[step]
+        if not losses.size:
+            return shares, state
+        averaged += np.isfinite(lam)
+        gamma = GAMMA if radius is None else reference.debiased(GAMMA, averaged)
+        attended, baseline = reference.weigh(losses, baseline, lam, gamma, shares=shares)
+        if radius is not None:
+            lam, damping = reference.tune(losses, lam, kl=radius)
+            attended = attended / damping
+        return attended, (lam, baseline, averaged)
+
+    update = reference.sgd(RATE, WEIGHT_DECAY)
+    *_, last = reference.train(params, batches, attend, update, (lam, None, 0))
+    return last[0], *last[1][:2]
 
 
 def per_example(params, x, y, where, class_counts, out_sharding=None):

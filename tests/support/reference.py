@@ -1,8 +1,8 @@
 """The published algorithm in NumPy float64, and the runs on which everything is compared.
 
 A small tanh network on real digits (4x4 means of scikit-learn's 8x8 images), 250 batches of 32,
-trained by the algorithm of Qi et al. (TMLR 2023) as its authors' package computes it: u is formed
-as it stands, weights are constants to the gradient, the gradient is written out by hand.
+trained by the algorithm of Qi et al. (TMLR 2023) as its authors' package computes it: weights are
+constants to the gradient, which is written out by hand.
 """
 
 import itertools
@@ -72,44 +72,116 @@ def cross_entropy(params, x, y, log_prior=0.0):
     return log_z - logits[rows, y], gradient
 
 
-def weigh(losses, u, case, step):
-    """Weights p of one batch, and the new u."""
-    if step < case.switch:
-        return np.full(len(losses), 1 / len(losses)), u
-    tilted = np.exp(losses / case.temperature)
-    u = (1 - case.gamma) * u + case.gamma * case.alpha * tilted.mean()
-    return tilted / (len(losses) * u), u
+def weigh(losses, baseline, temperature, gamma, alpha=1.0, shares=None):
+    """Weights p of a batch, and the new V = λ log(u / α).
+
+    By logarithms, so that nothing overflows. ``baseline`` is V, ``None`` before the first weighted
+    batch; ``shares`` are the weights of a plain mean, all equal unless they are given.
+    """
+    if shares is None:
+        shares = np.full(losses.shape, 1 / losses.size)
+    if np.isinf(temperature) or not losses.size:
+        return shares, baseline
+    z = np.float64(losses) / temperature
+    log_mean = z.max() + np.log(np.sum(shares * np.exp(z - z.max())))
+    log_u = -np.inf if baseline is None else baseline / temperature
+    with np.errstate(divide="ignore"):  # γ = 1
+        log_u = np.logaddexp(np.log1p(-gamma) + log_u, np.log(gamma) + log_mean)
+    return shares * np.exp(z - log_u) / alpha, temperature * log_u
 
 
-def train(optimizer, case):
-    """Parameters after every step, each [STEPS, ...], and the weighted losses [STEPS]."""
-    params, xs, ys = problem()
-    m = {k: np.zeros_like(p) for k, p in params.items()}
-    v = {k: np.zeros_like(p) for k, p in params.items()}
-    u, trajectory, values = 0.0, [], []
-    for step, (x, y) in enumerate(zip(xs, ys, strict=True)):
-        losses, gradient = cross_entropy(params, x, y)
-        weights, u = weigh(losses, u, case, step)
-        values.append((weights * losses).sum())
-        for k, g in gradient(weights).items():
-            g = g + case.weight_decay * params[k]
-            if optimizer == "sgd":
-                m[k] = MOMENTUM * m[k] + g
-                params[k] = params[k] - SGD_RATE * m[k]
-            else:
-                m[k] = 0.9 * m[k] + 0.1 * g
-                v[k] = 0.999 * v[k] + 0.001 * g**2
-                m_hat = m[k] / (1 - 0.9 ** (step + 1))
-                v_hat = v[k] / (1 - 0.999 ** (step + 1))
-                params[k] = params[k] - ADAM_RATE * m_hat / (np.sqrt(v_hat) + 1e-8)
-        trajectory.append(dict(params))
-    return {k: np.stack([p[k] for p in trajectory]) for k in params}, np.array(values)
+def published(batches, temperatures, gamma, alpha=1.0):
+    """The weights of every batch, and V after it; λ, γ are those of each or of all."""
+    baseline, history = None, []
+    rows = np.broadcast_arrays(temperatures, gamma, np.arange(len(batches)))
+    for temperature, newest, i in zip(*rows, strict=True):
+        weights, baseline = weigh(batches[i], baseline, temperature, newest, alpha)
+        history.append((weights, baseline))
+    weights, baselines = zip(*history, strict=True)
+    return np.stack(weights), baselines
+
+
+def debiased(gamma, count):
+    """γ of the count-th weighted batch, from 1 on, as in Adam."""
+    return np.minimum(gamma / (1 - (1 - gamma) ** np.maximum(count, 1)), 1)
+
+
+def divergences(weights):
+    """1 / ESS - 1 and KL of weights on any scale."""
+    q = np.ravel(weights) / np.sum(weights)
+    return q.size * np.sum(q**2) - 1, np.sum(q * np.log(q.size * q))
+
+
+def tune(losses, temperature, *, ess=None, kl=None):
+    """The λ after a batch that is to hold one of both, and what divides the batch's gradients."""
+    target = kl if ess is None else 1 / ess - 1
+    if np.isinf(temperature):  # where a normal distribution of the losses would be on target
+        variance = target if kl is None else 2 * target
+        return np.copysign(np.sqrt(losses.var() / variance), temperature), 1.0
+    z = np.float64(losses) / temperature
+    chi2, reached = divergences(np.exp(z - z.max()))
+    excess = (chi2 if kl is None else reached) / target
+    damping = 1 + 2 * np.sqrt(chi2) if temperature > 0 else 1.0
+    return temperature * np.clip(excess**0.1, 0.5, 2), damping
+
+
+def sgd(rate, weight_decay):
+    momentum = {}
+
+    def update(params, grads):
+        for k, g in grads.items():
+            momentum[k] = MOMENTUM * momentum.get(k, 0) + g + weight_decay * params[k]
+        return {k: p - rate * momentum[k] for k, p in params.items()}
+
+    return update
+
+
+def adam(rate, weight_decay):
+    m, v, steps = {}, {}, itertools.count(1)
+
+    def update(params, grads):
+        t = next(steps)
+        for k, g in grads.items():
+            g = g + weight_decay * params[k]
+            m[k] = 0.9 * m.get(k, 0) + 0.1 * g
+            v[k] = 0.999 * v.get(k, 0) + 0.001 * g**2
+        return {
+            k: p - rate * m[k] / (1 - 0.9**t) / (np.sqrt(v[k] / (1 - 0.999**t)) + 1e-8)
+            for k, p in params.items()
+        }
+
+    return update
+
+
+def train(params, batches, attend, update, state=None):
+    """After every step the parameters, the state of ``attend``, and the weighted loss of that step.
+
+    A batch is the arguments of ``cross_entropy``. ``attend`` makes weights and a new state of the
+    number of the step, its losses and the state; ``update`` new parameters of these and gradients.
+    """
+    for step, batch in enumerate(batches):
+        losses, gradient = cross_entropy(params, *batch)
+        weights, state = attend(step, losses, state)
+        params = update(params, gradient(weights))
+        yield params, state, np.sum(weights * losses)
 
 
 def train_all(optimizer, cases):
-    """As ``train``, with a leading axis of cases."""
-    trajectories, values = zip(*(train(optimizer, case) for case in cases), strict=True)
-    return {k: np.stack([t[k] for t in trajectories]) for k in trajectories[0]}, np.stack(values)
+    """Parameters after every step, each [C, STEPS, ...], and the weighted losses [C, STEPS]."""
+    params, xs, ys = problem()
+    make, rate = {"sgd": (sgd, SGD_RATE), "adam": (adam, ADAM_RATE)}[optimizer]
+
+    def run(case):
+        def attend(step, losses, baseline):
+            temperature = case.temperature if step >= case.switch else np.inf
+            return weigh(losses, baseline, temperature, case.gamma, case.alpha)
+
+        batches, update = zip(xs, ys, strict=True), make(rate, case.weight_decay)
+        return [(p, value) for p, _, value in train(params, batches, attend, update)]
+
+    runs = [run(case) for case in cases]
+    values = np.array([[value for _, value in run] for run in runs])
+    return {k: np.array([[p[k] for p, _ in run] for run in runs]) for k in params}, values
 
 
 def relative(params, expected):
