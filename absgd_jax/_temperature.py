@@ -180,10 +180,13 @@ def target_ess(
       >>> def loss_fn(w, opt_state):
       ...   losses = (x * w - y) ** 2
       ...   return tilt(losses, opt_state).mean(), losses
-      >>> for _ in range(60):
+      >>> @jax.jit
+      ... def step(w, opt_state):
       ...   (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(w, opt_state)
       ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss, losses=losses)
-      ...   w = optax.apply_updates(w, updates)
+      ...   return optax.apply_updates(w, updates), opt_state, losses
+      >>> for _ in range(60):
+      ...   w, opt_state, losses = step(w, opt_state)
       >>> print(f"{diagnostics.summary(losses, opt_state)['effective_sample_size']:.1f}")
       0.5
     """

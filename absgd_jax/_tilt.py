@@ -75,10 +75,13 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState) -> jax.Array:
       >>> def loss_fn(w, opt_state):
       ...   losses = (x @ w - y) ** 2
       ...   return tilt(losses, opt_state).mean()
-      >>> for _ in range(100):
+      >>> @jax.jit
+      ... def step(w, opt_state):
       ...   loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
       ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-      ...   w = optax.apply_updates(w, updates)
+      ...   return optax.apply_updates(w, updates), opt_state
+      >>> for _ in range(100):
+      ...   w, opt_state = step(w, opt_state)
       >>> print(w.round(1))  # the least squares have 3
       [2.7]
 

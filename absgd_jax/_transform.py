@@ -96,12 +96,15 @@ def scale_by_attention(
       >>> def loss_fn(w, opt_state):
       ...   return tilt((x @ w - y) ** 2, opt_state).mean()
       >>> tx = optax.chain(scale_by_attention(1.0), optax.adamw(0.1))
+      >>> @jax.jit
+      ... def step(w, opt_state):
+      ...   loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
+      ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
+      ...   return optax.apply_updates(w, updates), opt_state
       >>> w = jnp.zeros(1)
       >>> opt_state = tx.init(w)
       >>> for _ in range(60):
-      ...   loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
-      ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-      ...   w = optax.apply_updates(w, updates)
+      ...   w, opt_state = step(w, opt_state)
       >>> print(w.round(1))
       [2.7]
 
@@ -246,12 +249,15 @@ def absgd(
       ...   return tilt(losses, opt_state).mean()
       >>> def fit(temperature):
       ...   tx = absgd(0.02, temperature)
+      ...   @jax.jit
+      ...   def step(w, opt_state):
+      ...     loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
+      ...     updates, opt_state = tx.update(grads, opt_state, w, value=loss)
+      ...     return optax.apply_updates(w, updates), opt_state
       ...   w = jnp.zeros(1)
       ...   opt_state = tx.init(w)
       ...   for _ in range(100):
-      ...     loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
-      ...     updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-      ...     w = optax.apply_updates(w, updates)
+      ...     w, opt_state = step(w, opt_state)
       ...   return w.round(1)
       >>> for temperature in (jnp.inf, 1.0, -1.0):  # the mean, the hard examples, the easy ones
       ...   print(fit(temperature))
@@ -317,12 +323,15 @@ def abadam(
       >>> def loss_fn(w, opt_state):
       ...   return tilt((x @ w - y) ** 2, opt_state).mean()
       >>> tx = abadam(0.1, temperature=1.0)
+      >>> @jax.jit
+      ... def step(w, opt_state):
+      ...   loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
+      ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
+      ...   return optax.apply_updates(w, updates), opt_state
       >>> w = jnp.zeros(1)
       >>> opt_state = tx.init(w)
       >>> for _ in range(60):
-      ...   loss, grads = jax.value_and_grad(loss_fn)(w, opt_state)
-      ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-      ...   w = optax.apply_updates(w, updates)
+      ...   w, opt_state = step(w, opt_state)
       >>> print(w.round(1))
       [2.7]
 
@@ -409,15 +418,18 @@ def accumulate(
       >>> import jax, jax.numpy as jnp, optax
       >>> from absgd_jax import absgd, accumulate, tilt
       >>> x, y = jnp.array([0.0, 1.0, 2.0, 3.0]), jnp.array([0.0, 1.0, 7.0, 3.0])
+      >>> def loss_fn(w, opt_state, i):
+      ...   return tilt((x[i] * w - y[i]) ** 2, opt_state).mean()
       >>> def train(tx, batches):
-      ...   w = jnp.float32(0.0)
-      ...   opt_state = tx.init(w)
-      ...   def loss_fn(w, opt_state, i):
-      ...     return tilt((x[i] * w - y[i]) ** 2, opt_state).mean()
-      ...   for i in batches:
+      ...   @jax.jit
+      ...   def step(w, opt_state, i):
       ...     loss, grads = jax.value_and_grad(loss_fn)(w, opt_state, i)
       ...     updates, opt_state = tx.update(grads, opt_state, w, value=loss)
-      ...     w = optax.apply_updates(w, updates)
+      ...     return optax.apply_updates(w, updates), opt_state
+      ...   w = jnp.float32(0.0)
+      ...   opt_state = tx.init(w)
+      ...   for i in batches:
+      ...     w, opt_state = step(w, opt_state, i)
       ...   return w
       >>> tx = absgd(0.01, temperature=20.0)
       >>> whole, micro = jnp.array([0, 1, 2, 3]), [jnp.array([0, 1]), jnp.array([2, 3])]

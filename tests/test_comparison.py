@@ -118,8 +118,11 @@ def test_automatic_temperature(tmp_path, compare):
 @pytest.mark.parametrize(
     ("options", "losses", "gammas", "timed"),
     [
-        ("--temperatures 5 ess0.5 --gammas 0.9 0.1 --timed 2", ["arb"], 2, True),
-        ("--temperatures -1 -2 --noise symmetric:0.4 --timed 0", ["gce", "sce"], 1, False),
+        pytest.param(
+            *("--temperatures 5 ess0.5 --gammas 0.9 0.1 --timed 2", ["arb", "ldam_drw"], 2, True),
+            marks=pytest.mark.slow,
+        ),
+        ("--temperatures -1 ess-0.6 --noise symmetric:0.4 --timed 0", ["gce"], 1, False),
     ],
     ids=["long_tail", "noise"],
 )

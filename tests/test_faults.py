@@ -168,6 +168,7 @@ def test_damaged(trainer, whole, stopped):
     check(stopped, whole, int(folder.name))
 
 
+@pytest.mark.slow
 def test_full_disk(trainer, whole, stopped):
     """However far the room goes: to nothing, half a checkpoint, or all but the pictures."""
     before = checkpoint(stopped)
@@ -184,6 +185,7 @@ def test_full_disk(trainer, whole, stopped):
     check(stopped, whole, 2)
 
 
+@pytest.mark.slow
 def test_full_disk_of_events(trainer, tmp_path):
     options = "--tensorboard --checkpoint-every 1000"
     code, error = trainer.run(tmp_path, *options.split(), limit=2000)
@@ -191,6 +193,7 @@ def test_full_disk_of_events(trainer, tmp_path):
     assert f"--out {tmp_path} can't be written to ([Errno 27] File too large" in error
 
 
+@pytest.mark.slow
 def test_read_only(trainer, whole, stopped):
     before = checkpoint(stopped)
     for folder, code in ((before[0].parent, 1), (stopped, 2)):
