@@ -48,9 +48,8 @@ def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Tempera
 
     def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
         before = jnp.asarray(state.temperature)
-        given = jnp.array(
-            at(temperature, state.count + 1), before.dtype
-        )  # not the caller's, to be donated
+        # A copy and not the caller's, as the state may be donated.
+        given = jnp.array(at(temperature, state.count + 1), before.dtype)
         # What falls to 0 stops short of it, on the side where it was.
         lam = jnp.where(given == 0, jnp.sign(before) * SMALLEST, given)
         lam = jnp.where(given == state.given, before, lam)
@@ -268,9 +267,10 @@ def _automatic(
         n, lam = sums.n, sound(state.temperature).astype(chi2.dtype)
         reached, reachable = (chi2, (n - 1) / 2) if measure == "chi2" else (kl, jnp.log(n) / 2)
         aim = jnp.minimum(jnp.asarray(target, lam.dtype), jnp.maximum(reachable, SMALLEST))
+        ratio = reached / aim
         # Below the smallest normal number the compiler may take it for 0, whose logarithm is -inf.
-        moves = reached / aim >= float(np.finfo(lam.dtype).tiny)
-        excess = jnp.log(jnp.where(moves, reached / aim, 1))
+        moves = ratio >= float(np.finfo(lam.dtype).tiny)
+        excess = jnp.log(jnp.where(moves, ratio, 1))
         flat = is_flat(lam)
         step = jnp.clip(jnp.asarray(rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP)
         tuned = far(lam) * jnp.exp(jnp.where(flat, excess / 2, step))
