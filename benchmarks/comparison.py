@@ -56,14 +56,27 @@ def is_automatic(temperature: str) -> bool:
     return "ess" in temperature
 
 
+def split(temperature: str) -> list[tuple[str, str]]:
+    """Pairs of what stands before the colon, if anything, and behind it."""
+    return [stage.rpartition(":")[::2] for stage in temperature.split(",")]
+
+
+def in_words(temperature: str) -> str:
+    """As tables have it."""
+    if temperature == SGD:
+        return "∞"
+    return ", ".join(f"{lam} from {start}" if start else lam for start, lam in split(temperature))
+
+
 def stages(temperature: str) -> list[tuple[float, float]]:
     """Pairs of a share of the epochs, and λ, or the effective sample size, from there on.
 
     ``"5"`` is λ = 5 from the start, ``"0.8:5"`` plain SGD before 0.8 of the epochs, and
     ``"0.5:10,0.8:5"`` has two steps. ``"ess0.5"`` and ``"0.5:ess-0.7"`` tune λ > 0 and λ < 0.
     """
-    pairs = [stage.rpartition(":") for stage in temperature.split(",")]
-    return [(float(start or 0), float(value.removeprefix("ess"))) for start, _, value in pairs]
+    return [
+        (float(start or 0), float(lam.removeprefix("ess"))) for start, lam in split(temperature)
+    ]
 
 
 def is_temperature(text: str) -> bool:
@@ -172,10 +185,7 @@ class Setting(NamedTuple):
     gamma: float
 
     def __str__(self) -> str:
-        if self.temperature == SGD:
-            return "∞"
-        pairs = [stage.rpartition(":") for stage in self.temperature.split(",")]
-        return ", ".join(f"{lam} from {start}" if start else lam for start, _, lam in pairs)
+        return in_words(self.temperature)
 
 
 class Result(NamedTuple):
@@ -239,7 +249,7 @@ def session(config: Config, draw: Draw, tasks: int, sizes: list[int]) -> Iterato
 
     with contextlib.ExitStack() as stack:
         if first:
-            stack.enter_context(report.folder(config, resume=config.resume))
+            stack.enter_context(report.folder(config))
         sync_global_devices("the folder is ready")
         started = json.loads((config.out / "config.json").read_text())["started"]
         bar = stack.enter_context(tqdm(total=epochs, unit="epoch", disable=not first))

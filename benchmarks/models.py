@@ -15,6 +15,12 @@ from jax.typing import DTypeLike
 from absgd_jax.losses import normalized_logits
 
 NAMES = ("linear", "mlp", "cnn", "resnet32")
+CONVOLUTIONAL = ("cnn", "resnet32")
+
+
+def is_slow_in_a_loop(name: str) -> bool:
+    """Whether XLA has no fast kernel for its gradient there: that of a convolution, on CPUs."""
+    return name in CONVOLUTIONAL and jax.default_backend() == "cpu"
 
 
 class Classifier(nnx.Module):

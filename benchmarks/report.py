@@ -62,12 +62,13 @@ def describe(config: Config) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def folder(config: Config, *, resume: bool = False) -> Iterator[dict[str, Any]]:
+def folder(config: Config) -> Iterator[dict[str, Any]]:
     """Holds ``config.out``, and gives what its config.json says of this run.
 
     A run may take a folder that is new or empty, or one with a run that has ended; what is in it is
-    replaced by name, and nothing else is touched. With ``resume`` it goes on with the run there.
+    replaced by name, and nothing else is touched. With --resume it goes on with the run there.
     """
+    resume = getattr(config, "resume", None)  # a benchmark that is over soon has no such flag
     path, lock = config.out / "config.json", filelock.FileLock(config.out / ".lock")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def folder(config: Config, *, resume: bool = False) -> Iterator[dict[str, Any]]:
         if not path.exists() and {p.name for p in config.out.iterdir()} - ours:
             fail(f"--out {config.out} holds files and no run of a benchmark: name another folder")
         lock.acquire(blocking=False)
-        description = begin(path, describe(config), resume=resume)
+        description = begin(path, describe(config), resume=bool(resume))
         save(path, description)
     except filelock.Timeout:
         fail(f"--out {config.out} is in use by another process: wait for it, or name another")
@@ -85,8 +86,8 @@ def folder(config: Config, *, resume: bool = False) -> Iterator[dict[str, Any]]:
         yield description
         save(path, description | {"finished": True})
     except OSError as error:
-        remedy = "--resume goes on from the last checkpoint" if hasattr(config, "resume") else ""
-        raise SystemExit(f"\n{cannot_write(config.out, error)}; {remedy}") from None
+        remedy = "" if resume is None else "; --resume goes on from the last checkpoint"
+        raise SystemExit(f"\n{cannot_write(config.out, error)}{remedy}") from None
     finally:
         lock.release()
 

@@ -41,7 +41,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from absgd_jax import scale_by_attention, tilt
-from benchmarks import meta, report, steps
+from benchmarks import meta, models, report, steps
 from benchmarks.config import Config as BaseConfig
 from benchmarks.config import fail, FROM_1, POSITIVE, read
 from benchmarks.steps import Batch, FORMS, State, Work
@@ -183,8 +183,7 @@ def run_torch(config: Config, model: str) -> list[Record]:
         return functools.reduce(lambda s, index: train(s, index, examples), order, state)
 
     ours, epoch = "absgd_jax, an epoch a call", scanned
-    if jax.default_backend() == "cpu" and model != "mlp":
-        # In a loop XLA has no fast kernel for the convolutions of a backward pass on CPUs.
+    if models.is_slow_in_a_loop(model):
         ours, epoch = "absgd_jax, a step a call", looped
     state = epoch(state, order, examples)
     first = jax.tree.map(lambda x: x[order[0]], work.examples)

@@ -76,10 +76,6 @@ def name_of(config: Config, column: tuple[float, float]) -> str:
     return f"rate {rate:g}" + (f", γ {gamma:g}" if len(config.gammas) > 1 else "")
 
 
-def name_of_row(temperature: str) -> str:
-    return str(Setting(temperature, 0.0, 0.0))
-
-
 def table(config: Config, results: dict[str, Swept]) -> list[tuple[str, ...]]:
     """A row for each loss and λ, and in it each rate and γ."""
     rows = [("loss", "λ", *(name_of(config, column) for column in config.columns), "diverged")]
@@ -90,14 +86,14 @@ def table(config: Config, results: dict[str, Swept]) -> list[tuple[str, ...]]:
             runs = [t for t in found if t]
             diverged = sum(map(comparison.diverged, runs))
             total = len(runs) * config.seeds
-            rows.append((loss, name_of_row(lam), *cells, f"{diverged} of {total}"))
+            rows.append((loss, comparison.in_words(lam), *cells, f"{diverged} of {total}"))
     return rows
 
 
 def plot(config: Config, results: dict[str, Swept]) -> None:
     """A panel for each loss, rate and γ: λ to the right, seeds downwards, accuracy as colour."""
     shape = len(results), len(config.columns)
-    names = list(map(name_of_row, config.rows))
+    names = list(map(comparison.in_words, config.rows))
     figure, grid = plt.subplots(
         *shape,
         figsize=(
@@ -135,27 +131,24 @@ def compare_times(config: Config, task: Task, runs: list[Run]) -> dict[str, Any]
     The first time is that of the compilation, too.
     """
     program = training.make_program(config, task, len(runs[0].train.label))
+    init, epoch, _ = training.compile_program(config, program)
     groups = {
         "at_once": [jax.tree.map(lambda *leaves: np.stack(leaves), *runs)],
         "one_after_another": [jax.tree.map(lambda x: x[None], run) for run in runs],
     }
-    seconds: dict[str, list[float]] = {name: [] for name in groups}
-    compiled = {name: training.compile_program(config, program) for name in groups}
-    compilation = {}
-    for name, (init, epoch, _) in compiled.items():
-        group = jax.device_put(groups[name][0], training.sharding(config))
-        state = init(group)
+    groups = jax.device_put(groups, training.sharding(config))
+
+    def measure(group):
+        states = [init(run) for run in group]
+        jax.block_until_ready(states)
         start = time.perf_counter()
-        jax.block_until_ready(epoch(state, group, task.images, 0))
-        compilation[name] = time.perf_counter() - start
-    for _ in range(TIMES):
-        for name, (init, epoch, _) in compiled.items():
-            states = [init(group) for group in groups[name]]
-            jax.block_until_ready(states)
-            start = time.perf_counter()
-            for state, group in zip(states, groups[name], strict=True):
-                jax.block_until_ready(epoch(state, group, task.images, 0))
-            seconds[name].append(time.perf_counter() - start)
+        for state, run in zip(states, group, strict=True):
+            jax.block_until_ready(epoch(state, run, task.images, 0))
+        return time.perf_counter() - start
+
+    compilation = {name: measure(group[:1]) for name, group in groups.items()}
+    turns = [{name: measure(group) for name, group in groups.items()} for _ in range(TIMES)]
+    seconds = {name: [turn[name] for turn in turns] for name in groups}
     return {"runs": len(runs), "seconds": seconds, "compilation": compilation}
 
 

@@ -80,24 +80,20 @@ class Config(BaseConfig):
     tensorboard: bool = False  # write event files, too
 
     @property
-    def convolves(self) -> bool:
-        return self.model not in ("linear", "mlp")
-
-    @property
     def runs_at_once(self) -> int:
-        return self.at_once or (1 if self.convolves else 1000)
+        return self.at_once or (1 if self.model in models.CONVOLUTIONAL else 1000)
 
     @property
     def number_of_devices(self) -> int:
         return self.devices or jax.device_count()
 
-    def steps(self, examples: int) -> int:
-        """Of an epoch."""
-        return examples // self.batch_size
+    @property
+    def first_epoch_of_second_stage(self) -> int:
+        return round(self.second_stage * self.epochs)
 
     def frozen(self, epoch: int) -> int:
         """Blocks that are not trained in this epoch."""
-        return self.fine_tune_from * (epoch >= round(self.second_stage * self.epochs))
+        return self.fine_tune_from * (epoch >= self.first_epoch_of_second_stage)
 
 
 class Images(NamedTuple):
@@ -212,8 +208,8 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
     With ``frozen`` blocks it is the program of fine-tuning, whose optimiser counts from the second
     stage on.
     """
-    steps = config.steps(examples)
-    second_stage = round(config.second_stage * config.epochs) * steps
+    steps = examples // config.batch_size
+    second_stage = config.first_epoch_of_second_stage * steps
     first = second_stage if frozen else 0
     rate = schedule(config, steps * config.epochs)
 
@@ -361,8 +357,7 @@ def compile_program(config: Config, program: Program) -> Compiled:
         return state, {"accuracy": accuracy(state, runs, images), **means}
 
     epoch = of_runs(functools.partial(run_epoch, program), (0, 0, None, None), donate_argnums=0)
-    # In a loop XLA has no fast kernel for the gradient of a convolution on CPUs.
-    if config.convolves and jax.default_backend() == "cpu":
+    if models.is_slow_in_a_loop(config.model):
         epoch = stepwise
     return Compiled(of_runs(program.init, 0), epoch, of_runs(program.losses, (0, 0, None)))
 

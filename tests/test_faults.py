@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.support.commands import CACHE, load, ROOT, SMALL
+from tests.support.commands import environment, load, ROOT, SMALL
 
 # SGD and ABSGD in programs of two runs, one each for the search and two for the seeds.
 OPTIONS = f"{SMALL} --epochs 4 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --seeds 4"
@@ -29,7 +29,7 @@ class Trainer:
         self.server = subprocess.Popen(
             [sys.executable, "-m", "tests.support.forked"],
             cwd=ROOT,
-            env=CACHE | os.environ | {"OPENBLAS_NUM_THREADS": "1"},
+            env=environment(OPENBLAS_NUM_THREADS="1"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

@@ -14,11 +14,16 @@ CACHE = {
 SMALL = "--model linear --seeds 2 --search-seeds 1 --batch-size 64"
 
 
+def environment(**env):
+    """That of a benchmark, in which a cache that the caller names goes first."""
+    return CACHE | os.environ | env
+
+
 def start(*args, **env):
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, args)],
         cwd=ROOT,
-        env=CACHE | os.environ | env,
+        env=environment(**env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
