@@ -1,3 +1,4 @@
+import os
 import pathlib
 
 import jax
@@ -13,7 +14,12 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the suite's time is compilation, also that of single operations outside jit: what one
+# Half of the suite's time is LLVM's. A part of .ci/run tests what it optimises.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # also of programs that tests start
+jax.config.update(
+    "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
+)
+# Most of the rest is compilation, also that of single operations outside jit: what one
 # process of `pytest -n auto` has compiled, the others need not.
 if not jax.config.jax_compilation_cache_dir:
     jax.config.update("jax_compilation_cache_dir", str(ROOT / ".jax_cache"))

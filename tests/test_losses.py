@@ -162,7 +162,8 @@ class TestAll:
             found = value_and_grad(ALL, logits, np.array([0, 0, 3, 0, 0, 3]))
         chex.assert_tree_all_finite(found)
         for name, (values, _) in found.items():
-            np.testing.assert_allclose(values[::3], 0, atol=1e-6, err_msg=name)
+            # The digits of the largest logit, which ldam multiplies by 30.
+            assert np.all(np.abs(values[::3]) < 30 * 1e-7 * logits[::3].max(1)), name
             assert np.all(values[1::3] > 0.5), name
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
