@@ -145,21 +145,31 @@ def target_ess(
     or of :func:`two_stage`. The losses that it needs are one more argument of the update,
     ``tx.update(grads, state, params, value=loss, losses=losses)``: as they are, not tilted.
 
-    A batch moves λ by a factor of 2 at most, and not at all where there is nothing to learn from:
-    all losses equal, one example, all masked, or a loss that is not finite. Over batches it is the
-    logarithm of 1 / ESS - 1 that is on target in the mean. What a small batch can't reach is
-    replaced by 2 / (n + 1), and |λ| stays above 1e-6.
+    A batch moves λ by a factor of 2 at most. It leaves λ as it is where the weights say nothing:
+    all losses equal, one example, all masked, or a loss that is not finite. Over batches the mean
+    of log(1 / ESS - 1) is on target. A target below 2 / (n + 1), which a batch of n may be too
+    small for, is replaced by it, and |λ| stays above 1e-6.
+
+    The target bounds what a class can gain: the weight of a share f of the batch grows at most by
+
+    .. math::
+      1 + \sqrt{\left(\frac{1}{\text{fraction}} - 1\right) \frac{1 - f}{f}}
+
+    which at 0.9 is 3.1 for f = 2.5 % and 1.6 for f = 25 %. So the rarer a class, the more a given
+    fraction can add to what a loss that knows the class sizes does for it: there begin near 1, and
+    validate. At :math:`\lambda < 0` it is the hard examples that lose weight, whether their labels
+    are wrong or not; of two classes one may be lost whole.
 
     Args:
-      fraction: Target of ESS, in (0, 1), as a share of the batch: near 1 all examples count alike.
-        At :math:`\lambda < 0` about the share of labels that are right.
+      fraction: Target of ESS, in (0, 1), as a share of the batch: near 1 the examples have almost
+        equal weights. At :math:`\lambda < 0`, about the share of labels that are right.
       init_value: λ to start from. Its sign is kept: positive leans on hard examples, negative on
         easy ones.
       rate: Gain of the update, in (0, 0.5]. With the default λ settles within 50 steps from 100
         times too small or too large.
       damping: At :math:`\lambda > 0` the gradients are divided by :math:`1 + \text{damping}
-        \sqrt{1 / \mathrm{ESS} - 1}`. What leans on hard examples makes them longer, most of all in
-        a batch that is worse than those before. 0 for none.
+        \sqrt{1 / \mathrm{ESS} - 1}`. Weight on hard examples makes them longer, most of all in a
+        batch with larger losses than those before it. 0 for no damping.
 
     Returns:
       An automatic temperature.
@@ -216,11 +226,12 @@ def target_kl(
       \min_{\lambda > 0} F_\lambda + \lambda \cdot \text{radius}
         = \max_{p:\, \mathrm{KL}(p \| 1/n) \leq \text{radius}} \sum_i p_i l_i
 
-    In all else it is as :func:`target_ess`: how it is passed and given the losses, what batches
-    leave λ unchanged. What a small batch can't reach is replaced by log(n) / 2.
+    In everything else it is as :func:`target_ess`: how it is passed and given the losses, and which
+    batches leave λ as it is. A target above log(n) / 2, which a batch of n may be too small for, is
+    replaced by it.
 
     Args:
-      radius: Target of KL, positive, in nats: near 0 all examples count alike.
+      radius: Target of KL, positive, in nats: near 0 the examples have almost equal weights.
       init_value, rate, damping: As in :func:`target_ess`.
 
     Returns:
@@ -245,7 +256,7 @@ def target_kl(
       Qi et al., `Stochastic Constrained DRO with a Complexity Independent of Sample Size
       <https://arxiv.org/abs/2210.05740>`_, TMLR 2023
     """
-    check_number("radius", radius, POSITIVE, "near 0 all examples count alike")
+    check_number("radius", radius, POSITIVE, "near 0 the weights are almost equal")
     return _automatic("kl", radius, init_value, rate, damping)
 
 

@@ -101,7 +101,7 @@ REFUSED = {
     **dict.fromkeys(["max_margin", "many"], NOT_NEGATIVE),
     **dict.fromkeys(["alpha", "radius", "scale"], POSITIVE),
     **dict.fromkeys(["gamma", "imbalance_factor", "q"], SHARE),
-    **dict.fromkeys(["b1", "b2", "truncation"], DECAY),
+    **dict.fromkeys(["b1", "b2", "decay", "truncation"], DECAY),
     **dict.fromkeys(["rate", "beta"], NUMBER + bad(-0.5, 1.5, NAN, says="[0, 1]")),
     "momentum": [row for row in DECAY if row[0] is not None],
     "temperature": LAMBDA,
@@ -165,6 +165,13 @@ FUNCTIONS = [
     (losses.generalized_cross_entropy, BATCH, LOSS),
     (losses.class_balanced_weights, {"class_counts": [3, 2, 1]}, {"class_counts": PRIOR}),
     (losses.deferred_weights, {"weights": [3, 2, 1], "start": 1}, {"weights": PRIOR}),
+    (
+        losses.running_counts,
+        {"counts": np.zeros(3, np.float32), "labels": Y},
+        LOSS
+        | {"counts": FLOATS + bad(Z, 1.0, says="[C]")}
+        | {"labels": OUTSIDE + bad([0.0, 1.0], np.ones(2, bool), "cat", says="floats of shape")},
+    ),
     (data.class_counts, {"labels": [0, 1, 2], "num_classes": 3}, {}),
     (
         data.long_tailed_counts,

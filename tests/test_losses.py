@@ -518,3 +518,32 @@ class TestWeights:
         expected = np.where(np.arange(6)[:, None] < 3, 1, np.asarray(weights))
         np.testing.assert_array_equal(jax.jit(jax.vmap(schedule))(steps), expected)
         np.testing.assert_array_equal(schedule(2), np.ones(4))
+
+
+class TestRunningCounts:
+    @pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["integers", "distributions"])
+    def test_over_batches(self, labels, x64):
+        where = np.array([True, True, False, True, True, False])
+        of_batch = np.eye(4)[labels] if labels.ndim == 1 else labels
+        count = jax.jit(functools.partial(losses.running_counts, decay=0.9))
+        found = expected = np.zeros(4)
+        for mask in (where, ~where, np.zeros_like(where)):
+            found = count(found, labels, where=mask)
+            expected = 0.9 * expected + of_batch[mask].sum(axis=0)
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+    def test_axis_name(self):
+        count = functools.partial(losses.running_counts, np.float32(COUNTS), axis_name="batch")
+        found = jax.vmap(count, axis_name="batch")(LABELS.reshape(3, 2))
+        expected = losses.running_counts(np.float32(COUNTS), LABELS)
+        np.testing.assert_allclose(found, np.tile(expected, (3, 1)), rtol=1e-6)
+
+    def test_arb_learns_from_batches_of_one(self):
+        counts = np.zeros(4, np.float32)
+        for i in range(2):
+            counts = losses.running_counts(counts, LABELS[i : i + 1])
+        one = LOGITS[1:2], LABELS[1:2]
+        running = functools.partial(losses.arb, class_counts=counts)
+        (_, silent), (_, grads) = value_and_grad([losses.arb, running], *one)
+        np.testing.assert_array_equal(silent, 0)
+        assert np.any(grads != 0)

@@ -151,7 +151,7 @@ def summary(
     where: ArrayLike | None = None,
     axis_name: Hashable | None = None,
 ) -> dict[str, jax.Array]:
-    r"""All of it as a flat dictionary of scalars, for any logger.
+    r"""All diagnostics of a batch, as a flat dictionary of scalars for any logger.
 
     Args:
       losses: Per-example losses, as they are, not tilted: as in :func:`absgd_jax.robust_loss`.

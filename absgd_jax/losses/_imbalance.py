@@ -8,8 +8,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_floats, check_number, NOT_NEGATIVE, POSITIVE
-from absgd_jax._reduce import psum
-from absgd_jax.losses._labels import canonicalize, distribution, expected
+from absgd_jax.losses._labels import canonicalize, counted, distribution, expected
 from absgd_jax.losses._priors import check_per_class, positive_counts
 
 
@@ -85,8 +84,8 @@ def arb(
 
     It is :func:`balanced_softmax` with the class counts :math:`n` of the batch. At equal logits
     the examples of a class then attract its classifier weight just as much as the others repel it.
-    In a batch of one class losses and gradients are 0; ``class_counts`` of more than the batch,
-    such as running ones, are the way out.
+    In a batch of one class losses and gradients are 0, so that batches of one example teach
+    nothing: pass the :func:`running_counts` as ``class_counts`` there.
 
     Args:
       logits: As in :func:`balanced_softmax`, the leading dimensions being the batch.
@@ -122,8 +121,7 @@ def arb(
                 f"logits must hold a batch to count the classes in, got shape {z.shape}; "
                 "pass class_counts or, under vmap, axis_name."
             )
-        of_class = jnp.where(kept[..., None], distribution(y, z), 0)
-        class_counts = psum(jnp.sum(of_class, axis=tuple(range(kept.ndim))), axis_name)
+        class_counts = counted(z, y, kept, axis_name)
     return balanced_softmax(logits, labels, class_counts=class_counts, where=where)
 
 
@@ -228,7 +226,7 @@ def focal(
     alpha: ArrayLike | None = None,
     where: ArrayLike | None = None,
 ) -> jax.Array:
-    r"""Focal loss over a softmax: cross-entropy that cares little for what is already right.
+    r"""Focal loss over a softmax: cross-entropy with little weight on well-classified examples.
 
     .. math::
       l = -\alpha_y (1 - p_y)^\gamma \log p_y, \qquad p = \mathrm{softmax}(z)

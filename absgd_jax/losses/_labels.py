@@ -1,6 +1,6 @@
 """Labels of either kind, integers or distributions: checks, and the loss at a label."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_floats, as_mask, is_concrete
+from absgd_jax._reduce import psum
 
 
 def canonicalize(
@@ -56,6 +57,14 @@ def distribution(labels: jax.Array, logits: jax.Array) -> jax.Array:
     if is_integer(labels):
         return jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return labels
+
+
+def counted(
+    logits: jax.Array, labels: jax.Array, mask: jax.Array, axis_name: Hashable | None
+) -> jax.Array:
+    """Counts of the classes, of shape [C], over all devices."""
+    of_class = jnp.where(mask[..., None], distribution(labels, logits), 0)
+    return psum(jnp.sum(of_class, axis=tuple(range(mask.ndim))), axis_name)
 
 
 def expected(loss: Callable[..., jax.Array], labels: jax.Array, *per_class: jax.Array) -> jax.Array:

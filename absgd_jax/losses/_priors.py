@@ -1,13 +1,22 @@
 """How often the classes occur: counts, class weights, and when to apply them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import are_numbers, check_number, Condition, is_concrete, whole_number
+from absgd_jax._checks import (
+    are_numbers,
+    as_floats,
+    check_number,
+    Condition,
+    DECAY,
+    is_concrete,
+    whole_number,
+)
+from absgd_jax.losses._labels import canonicalize, counted, is_integer
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -83,6 +92,57 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
     check_number("start", start, whole_number(0), "it is the first step that has the weights")
     weights = jnp.asarray(weights)
     return lambda step: jnp.where(step < start, jnp.ones_like(weights), weights)
+
+
+def running_counts(
+    counts: ArrayLike,
+    labels: ArrayLike,
+    *,
+    decay: float | jax.Array = 0.99,
+    where: ArrayLike | None = None,
+    axis_name: Hashable | None = None,
+) -> jax.Array:
+    r"""Class counts of a stream, in which old batches are gradually forgotten.
+
+    .. math::
+      n_c \leftarrow \text{decay} \cdot n_c + \sum_i [y_i = c]
+
+    They follow a class prior that is unknown or drifts, over about 1 / (1 - decay) batches, for
+    :func:`balanced_softmax` and :func:`arb`. Count a batch before its loss.
+
+    Args:
+      counts: n, floating point, of shape ``[C]``, the only state; zeros at first.
+      labels: As in :func:`balanced_softmax`, of any shape.
+      decay: Share of the old counts that is kept, in [0, 1); at 0 they are those of the batch.
+      where: Boolean array, one entry a label: what is masked out does not count.
+      axis_name: As in :func:`arb`.
+
+    Returns:
+      The new counts, of shape ``[C]``, in float32 or in the dtype of ``counts`` if that is wider.
+
+    Raises:
+      TypeError: ``counts`` are not floating point or ``where`` is not boolean.
+      ValueError: An argument has another shape, or ``labels`` or ``decay`` are out of range, where
+        they are not traced.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax.losses import running_counts
+      >>> counts = jnp.zeros(3)
+      >>> for labels in ([0, 0, 1], [0, 2, 2]):
+      ...   counts = running_counts(counts, labels, decay=0.5)
+      >>> print(counts)
+      [2.  0.5 2. ]
+    """
+    counts = as_floats("counts", counts)
+    if counts.ndim != 1:
+        raise ValueError(f"counts must have shape [C], got {counts.shape}.")
+    check_number("decay", decay, DECAY, "0 forgets all batches but the newest")
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    shape = labels.shape if is_integer(labels) else labels.shape[:-1]
+    like_logits = jnp.broadcast_to(counts, (*shape, counts.size))
+    of_batch = counted(*canonicalize(like_logits, labels, where), axis_name)
+    return jnp.asarray(decay, counts.dtype) * counts + of_batch
 
 
 def positive_counts(
