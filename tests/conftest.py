@@ -14,7 +14,7 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Half of the suite's time is LLVM's. A part of .ci/run tests what it optimises.
+# Optimising is a quarter of the suite's time. A part of .ci/run tests what it makes of the code.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # also of programs that tests start
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1"
