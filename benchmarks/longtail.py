@@ -40,13 +40,19 @@ def deferred(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     return weighted
 
 
+def adjusted(tau: float) -> Callable[..., jax.Array]:
+    return lambda z, y, n, late: losses.balanced_softmax(z, y, class_counts=n, tau=tau)
+
+
+# Logit adjustment by more than the class sizes says how much of a gain any shift to the rare has.
+TAUS = {"balanced_softmax": 1.0} | {f"logit_adjustment_{tau}": tau for tau in (1.25, 1.5, 2.0)}
 # Of logits z, labels y, class counts n and whether the second stage has begun.
 LOSSES = {
     "cross_entropy": lambda z, y, n, late: cross_entropy(z, y),
     "cb_drw": deferred(lambda z, y, n, late: cross_entropy(z, y)),
     "focal": lambda z, y, n, late: losses.focal(z, y),
     "ldam_drw": deferred(lambda z, y, n, late: losses.ldam(z, y, class_counts=n)),
-    "balanced_softmax": lambda z, y, n, late: losses.balanced_softmax(z, y, class_counts=n),
+    **{name: adjusted(tau) for name, tau in TAUS.items()},
     "arb": lambda z, y, n, late: losses.arb(z, y),
     "arb_global": lambda z, y, n, late: losses.arb(z, y, class_counts=n),
 }
