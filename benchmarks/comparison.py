@@ -348,7 +348,7 @@ def make_runs(
     """Each setting with each seed."""
     drawn = {seed: draw(seed, seed >= SEARCH_SEED) for seed in seeds}
     # All runs of a program have as many stages: an infinite λ from the start changes nothing.
-    most = max(len(stages(lam)) for lam in config.temperatures)
+    most = max(len(stages(setting.temperature)) for setting in settings)
     runs = []
     for setting in settings:
         automatic = is_automatic(setting.temperature)

@@ -72,7 +72,7 @@ def flag(name: str) -> str:
 def read(cls: type[AnyConfig], doc: str | None, default: AnyConfig | None = None) -> AnyConfig:
     """The command line; ``doc`` is the docstring of the module that is started."""
     sys.stdout.reconfigure(errors="replace")  # of a terminal that has no λ
-    program = f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}"
+    program = f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}".removesuffix(".__main__")
     return tyro.cli(cls, prog=program, description=(doc or "").split("\n")[0], default=default)
 
 

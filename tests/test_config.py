@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 
+from benchmarks import __main__ as tour
 from benchmarks import (
     comparison,
     config,
@@ -43,7 +44,7 @@ BAD = {
     comparison.ADDRESS: ["here"],
     noise.NOISE: ["symmetric:2", "none", "symmetric", "asymmetric:nan"],
 }
-BENCHMARKS = [convergence, longtail, noise, pod, speed, sweep, toy]
+BENCHMARKS = [tour, convergence, longtail, noise, pod, speed, sweep, toy]
 
 
 def name(benchmark):
@@ -81,7 +82,8 @@ def test_every_flag_has_its_help(benchmark, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         benchmark.main()
     text = unframed(capsys.readouterr().out)
-    assert f"usage: python -m {benchmark.__name__} [-h] " in text
+    program = benchmark.__name__.removesuffix(".__main__")
+    assert f"usage: python -m {program} [-h] " in text
     flags = "|".join(config.flag(field.name) for field in dataclasses.fields(benchmark.Config))
     _, *shown = re.split(rf"(?<= )(?={flags})(?=\S+[ ,])", text)
     for each in shown:
