@@ -148,7 +148,7 @@ def target_ess(
     A batch moves λ by a factor of 2 at most. It leaves λ as it is where the weights say nothing:
     all losses equal, one example, all masked, or a loss that is not finite. Over batches the mean
     of log(1 / ESS - 1) is on target. A target below 2 / (n + 1), which a batch of n may be too
-    small for, is replaced by it, and |λ| stays above 1e-6.
+    small for, is replaced by it, and λ stays 1e-6 away from 0.
 
     The target bounds what a class can gain: the weight of a share f of the batch grows at most by
 

@@ -1,0 +1,74 @@
+"""The site: ``sphinx-build -W -n docs docs/_build``.
+
+Sphinx, as the docstrings are reST like optax's; MyST, as the pages are Markdown that GitHub shows.
+"""
+
+import os
+import pathlib
+import re
+import tomllib
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+project = "absgd_jax"
+author = "The absgd_jax authors"
+copyright = author
+version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+exclude_patterns = ["_build"]
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3  # as GitHub names them
+
+autodoc_typehints = "none"  # the docstrings say what an argument may be
+napoleon_attr_annotations = False
+napoleon_use_param = False  # several arguments may share a line
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
+
+html_theme = "furo"
+html_title = f"absgd_jax {version}"
+
+
+# Files outside docs/ that have a page of the site.
+PAGES = {"benchmarks/README.md": "docs/results.md", "CHANGELOG.md": "docs/changelog.md"}
+
+
+def setup(app):
+    app.connect("source-read", read_page)
+    app.connect("include-read", read_included)
+
+
+def read_page(app, page, text):
+    if page == "tables":
+        for table in sorted(RESULTS.glob("*/table.md")):
+            text[0] += f"\n## {table.parent.name}\n\n{table.read_text()}"
+    text[0] = to_pages(text[0], f"docs/{page}")
+
+
+def read_included(app, path, page, text):
+    text[0] = to_pages(text[0], os.path.normpath(f"docs/{path}"))
+
+
+def to_pages(text, file):
+    """Links that lead from the file to others on GitHub lead to the pages of these here."""
+
+    def to_page(link):
+        path, mark, heading = link[0].partition("#")
+        path = os.path.normpath(os.path.join(os.path.dirname(file), path))
+        path = PAGES.get(path, path)
+        folder = re.fullmatch(r"benchmarks/results(?:/([^/]+))?(?:/table\.md)?", path)
+        if folder:
+            path, mark = "docs/tables.md", "#"
+            heading = (folder[1] or "all-tables").replace(".", "")
+        return f"/{os.path.relpath(path, 'docs')}{mark}{heading}"
+
+    return re.sub(r"(?<=\]\()(?!\w+:|#)[^)\s]+", to_page, text)
