@@ -36,6 +36,9 @@ copybutton_exclude = ".linenos, .gp, .go"  # prompts and output
 
 html_theme = "furo"
 html_title = f"absgd_jax {version}"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+pygments_style = "default"  # in which a diff is red and green
 
 
 # Files outside docs/ that have a page of the site.
@@ -71,4 +74,5 @@ def to_pages(text, file):
             heading = (folder[1] or "all-tables").replace(".", "")
         return f"/{os.path.relpath(path, 'docs')}{mark}{heading}"
 
+    text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return re.sub(r"(?<=\]\()(?!\w+:|#)[^)\s]+", to_page, text)
