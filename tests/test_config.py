@@ -17,6 +17,7 @@ from benchmarks import (
     convergence,
     longtail,
     noise,
+    online,
     pod,
     report,
     speed,
@@ -44,7 +45,7 @@ BAD = {
     comparison.ADDRESS: ["here"],
     noise.NOISE: ["symmetric:2", "none", "symmetric", "asymmetric:nan"],
 }
-BENCHMARKS = [tour, convergence, longtail, noise, pod, speed, sweep, toy]
+BENCHMARKS = [tour, convergence, longtail, noise, online, pod, speed, sweep, toy]
 
 
 def name(benchmark):

@@ -108,7 +108,8 @@ def running_counts(
       n_c \leftarrow \text{decay} \cdot n_c + \sum_i [y_i = c]
 
     They follow a class prior that is unknown or drifts, over about 1 / (1 - decay) batches, for
-    :func:`balanced_softmax` and :func:`arb`. Count a batch before its loss.
+    :func:`balanced_softmax` and :func:`arb`. Count a batch before its loss. For a memory of about m
+    examples, the decay of batches of n is exp(-n / m).
 
     Args:
       counts: n, floating point, of shape ``[C]``, the only state; zeros at first.
