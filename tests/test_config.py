@@ -21,6 +21,7 @@ from benchmarks import (
     pod,
     report,
     speed,
+    subgroups,
     sweep,
     toy,
 )
@@ -44,8 +45,9 @@ BAD = {
     ],
     comparison.ADDRESS: ["here"],
     noise.NOISE: ["symmetric:2", "none", "symmetric", "asymmetric:nan"],
+    subgroups.REGIME: ["cnn:0.1", "mlp", "mlp:-1", "mlp:nan", "mlp:inf"],
 }
-BENCHMARKS = [tour, convergence, longtail, noise, online, pod, speed, sweep, toy]
+BENCHMARKS = [tour, convergence, longtail, noise, online, pod, speed, subgroups, sweep, toy]
 
 
 def name(benchmark):
