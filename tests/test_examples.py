@@ -24,6 +24,7 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_noisy_labels(run, tmp_path):
     sgd, absgd, weights = run(
         noisy_labels, f"--steps 300 --seeds 2 --rate 0.1 --out {tmp_path / 'out' / 'picture.png'}"

@@ -160,6 +160,7 @@ def run(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_repeatable(run):
     """By a fixed seed."""
     table, results = run("--learning-rates 0.1")

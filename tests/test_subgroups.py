@@ -69,6 +69,7 @@ def test_weights():
     assert slopes[0] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
 def test_benchmark(tmp_path, monkeypatch, capsys):
     grids = {"SGD": ("inf",), "JTT": ("0.5:1", "0.5:5"), "early weights": ("0.5:0.5",)}

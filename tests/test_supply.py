@@ -16,8 +16,9 @@ MODULES = {"absgd-jax": "absgd_jax", "orbax-checkpoint": "orbax", "scikit-learn"
 # Run, and not imported.
 TOOLS = {"pytest-xdist"}
 
-LIBRARY, BENCHMARKS, TESTS = (
-    set((ROOT / folder).rglob("*.py")) for folder in ("absgd_jax", "benchmarks", "tests")
+LIBRARY, BENCHMARKS, EXAMPLES, TESTS = (
+    set((ROOT / folder).rglob("*.py"))
+    for folder in ("absgd_jax", "benchmarks", "examples", "tests")
 )
 # By PyTorch, in an environment that may have no JAX.
 REFERENCE = {
@@ -25,7 +26,7 @@ REFERENCE = {
     ROOT / "tests" / "support" / "record_torch.py",
     ROOT / "tests" / "support" / "reference.py",
 }
-OURS = {"absgd_jax", "benchmarks", "tests"}
+OURS = {"absgd_jax", "benchmarks", "examples", "tests"}
 
 
 def declared(*requirements):
@@ -48,7 +49,7 @@ def imported(files):
     ("files", "requirements", "beside"),
     [
         (LIBRARY, PROJECT["dependencies"], []),
-        (BENCHMARKS - REFERENCE, EXTRAS["bench"], PROJECT["dependencies"]),
+        ((BENCHMARKS | EXAMPLES) - REFERENCE, EXTRAS["bench"], PROJECT["dependencies"]),
         (TESTS - REFERENCE, EXTRAS["test"], PROJECT["dependencies"] + EXTRAS["bench"]),
         (REFERENCE, EXTRAS["reference"], ["numpy"]),
         (

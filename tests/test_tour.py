@@ -11,6 +11,7 @@ from benchmarks import __main__ as tour
 from tests.support.commands import load, SMALL
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
 def test_tour(tmp_path, monkeypatch, capsys):
     options = f"{SMALL} --epochs 2 --learning-rates 0.1 --devices 1 --out {tmp_path}"
