@@ -208,15 +208,17 @@ class Result(NamedTuple):
         return 100 * self.trained.history["accuracy"]
 
 
-def diverged(trained: Trained) -> int:
-    """Number of runs whose loss is not finite, or that end next to a guess.
+def near_guess(classes: int) -> float:
+    """Accuracies below it are next to a guess: below twice its own, less than ten points above."""
+    return 1 / classes + min(1 / classes, 0.1)
 
-    Next to a guess is below twice its accuracy, and less than ten points above it.
-    """
+
+def diverged(trained: Trained) -> int:
+    """Number of runs whose loss is not finite, or that end next to a guess."""
     finite = np.isfinite(trained.history["mean_loss"]).all(axis=0)
     accuracy = trained.history["accuracy"][-1]
-    guess = 1 / accuracy.shape[-1]
-    return int(np.sum(~finite | (accuracy.mean(axis=-1) < guess + min(guess, 0.1))))
+    near = accuracy.mean(axis=-1) < near_guess(accuracy.shape[-1])
+    return int(np.sum(~finite | near))
 
 
 @contextlib.contextmanager

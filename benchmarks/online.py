@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
 from benchmarks import datasets, report
-from benchmarks.comparison import SEARCH_SEED
+from benchmarks.comparison import near_guess, SEARCH_SEED
 from benchmarks.config import ABOVE_0, fail, FROM_1, FROM_2, INSIDE, POSITIVE, read
 from benchmarks.config import Config as BaseConfig
 
@@ -205,12 +205,11 @@ def measure(correct: np.ndarray, finite: bool, stream: Stream) -> dict[str, Any]
     """What one run did on its stream."""
     pairs = (np.array_split(x, TENTHS) for x in (correct, stream.labels))
     course = [mean_recall(*pair) for pair in zip(*pairs, strict=True)]
-    guess = 100 / stream.prior.shape[1]
     return {
         "balanced": np.mean(course),
         "whole_stream": mean_recall(correct, stream.labels),
         "rare": 100 * correct[is_rare(stream)].mean(),
-        "diverged": not finite or course[-1] < guess + min(guess, 10),
+        "diverged": not finite or course[-1] < 100 * near_guess(stream.prior.shape[1]),
         "course": course,
     }
 
@@ -251,11 +250,6 @@ def grids(config: Config) -> list[list[Setting]]:
     return found
 
 
-def difference(x: np.ndarray, y: np.ndarray) -> str:
-    """Of pairs: mean ± standard error."""
-    return f"{np.mean(x - y):+.1f} ± {np.std(x - y, ddof=1) / len(x) ** 0.5:.1f}"
-
-
 def table(results: dict[int, Measures]) -> str:
     versus = "over cross-entropy", "over λ = ∞"
     figures = "balanced", *versus, "rare", *versus, "whole stream", "diverged"
@@ -269,7 +263,7 @@ def table(results: dict[int, Measures]) -> str:
             for name in ("balanced", "rare"):
                 row.append(report.mean_std(measures[name], ".1f"))
                 for other in (plain[LOSSES[0]], plain[s.loss]):
-                    gain = difference(measures[name], other[name])
+                    gain = report.difference(measures[name], other[name])
                     row.append("" if measures is other else gain)
             diverged = measures["diverged"]
             row.append(report.mean_std(measures["whole_stream"], ".1f"))

@@ -35,6 +35,11 @@ def mean_std(x: np.ndarray, digits: str) -> str:
     return f"{x.mean():{digits}} ± {x.std(ddof=1):{digits}}"
 
 
+def difference(x: np.ndarray, y: np.ndarray) -> str:
+    """Of pairs: the mean ± its standard error."""
+    return f"{np.mean(x - y):+.1f} ± {np.std(x - y, ddof=1) / len(x) ** 0.5:.1f}"
+
+
 def cpus() -> int:
     """Those that this process may use; on macOS and Windows those that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

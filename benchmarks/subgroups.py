@@ -368,9 +368,8 @@ def compare(
         by_epoch = scores(final[setting], splits, rule)
         best = c.epochs - 1 - by_epoch[:, ::-1].argmax(axis=1)  # the last of equals
         stopped = accuracy[np.arange(c.seeds), best]
-        # As in comparison.diverged; a label is one of half as many.
-        guess = 200 / accuracy.shape[-1]
-        near = accuracy[:, -1].mean(axis=-1) < guess + min(guess, 10)
+        labels = accuracy.shape[-1] // 2
+        near = accuracy[:, -1].mean(axis=-1) < 100 * comparison.near_guess(labels)
         diverged = int(np.sum(near | ~np.isfinite(final[setting].mean_loss).all(axis=1)))
         results.append(Result(regime, rule, setting, accuracy[:, -1], stopped, diverged))
     return results, {f"{' '.join(map(str, s))}, {rule}": x for (s, rule), x in seen.items()}
@@ -378,10 +377,6 @@ def compare(
 
 def rare(accuracy: np.ndarray) -> np.ndarray:
     return accuracy[:, 1::2].mean(axis=1)
-
-
-def gain(x: np.ndarray) -> str:
-    return f"{x.mean():+.1f} ± {x.std(ddof=1) / len(x) ** 0.5:.1f}"
 
 
 def table(results: list[Result]) -> str:
@@ -392,7 +387,10 @@ def table(results: list[Result]) -> str:
         if r.setting.method == "SGD":
             sgd = r
         pairs = [(f(r.accuracy), f(sgd.accuracy)) for f in (lambda a: a.mean(axis=1), rare)]
-        cells = [(report.mean_std(x, ".1f"), "" if r is sgd else gain(x - y)) for x, y in pairs]
+        cells = [
+            (report.mean_std(x, ".1f"), "" if r is sgd else report.difference(x, y))
+            for x, y in pairs
+        ]
         stopped = report.mean_std(rare(r.stopped), ".1f")
         setting = comparison.in_words(r.setting.text), f"{r.setting.learning_rate:g}"
         ends = stopped, f"{r.diverged} of {len(r.accuracy)}"
