@@ -7,12 +7,13 @@ What a field must be stands beside its type, and the comment behind it is its he
 One that is named ``out`` is the folder that the benchmark writes to.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import tyro
@@ -74,6 +75,15 @@ def read(cls: type[AnyConfig], doc: str | None, default: AnyConfig | None = None
     sys.stdout.reconfigure(errors="replace")  # of a terminal that has no λ
     program = f"python -m benchmarks.{pathlib.Path(sys.argv[0]).stem}".removesuffix(".__main__")
     return tyro.cli(cls, prog=program, description=(doc or "").split("\n")[0], default=default)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """Ends the program where its input is not as it should be."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:

@@ -36,7 +36,7 @@ def load(name: str, data_dir: pathlib.Path | None = None) -> tuple[Split, Split]
 
     Raises:
       FileNotFoundError: A file is missing; the message says which, where, and how to get it.
-      ValueError: A file is damaged.
+      ValueError: A file is damaged, or the splits don't belong together.
     """
     if name == "digits":
         images, labels = load_digits(return_X_y=True)
@@ -50,9 +50,11 @@ def load(name: str, data_dir: pathlib.Path | None = None) -> tuple[Split, Split]
         data_dir = DEBIAN if name == "fashion-mnist" else pathlib.Path()
     read = _read_idx_split if name in ("fashion-mnist", "idx") else _read_cifar_split
     try:
-        return read(name, data_dir, train=True), read(name, data_dir, train=False)
+        splits = read(name, data_dir, train=True), read(name, data_dir, train=False)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; {SOURCES[name]}.") from None
+    check(*splits)
+    return splits
 
 
 def check(train: Split, test: Split) -> None:
