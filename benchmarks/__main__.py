@@ -21,7 +21,8 @@ from matplotlib.axes import Axes
 from benchmarks import comparison, longtail, noise, report
 from benchmarks.comparison import Draw, Result, TEMPERATURE, Train
 from benchmarks.config import FROM_1, POSITIVE
-from benchmarks.training import Images, Loss, Task
+from benchmarks.methods import Losses, parse
+from benchmarks.training import Images, Task
 
 EVERY = slice(None)
 # In words, what the other benchmarks call by the name of a flag.
@@ -54,7 +55,7 @@ class Part(NamedTuple):
     name: str
     draw: Draw
     groups: int
-    losses: dict[str, Loss]
+    losses: Losses
     temperatures: dict[str, tuple[str, ...]]  # of ABSGD, by loss
 
 
@@ -85,7 +86,7 @@ def run(config: Config, part: Part, images: Images, classes: int, train: Train) 
     results = []
     for loss, temperatures in part.temperatures.items():
         told = dataclasses.replace(config, temperatures=temperatures)
-        task = Task(images, classes, part.groups, part.losses[loss])
+        task = Task(images, classes, part.groups, parse(loss, part.losses))
         name = f"{part.name}-{loss}".replace(" ", "-")
         compared = comparison.compare(told, name, task, part.draw, train)
         results += [result._replace(loss=WORDS[loss]) for result in compared]
@@ -191,7 +192,7 @@ def main() -> None:
         for temperatures in part.temperatures.values()
         for size in comparison.sizes(dataclasses.replace(config, temperatures=temperatures))
     ]
-    with comparison.session(config, parts[1].draw, 1, sizes) as trainer:
+    with comparison.session(config, parts[1].draw, sizes) as trainer:
         results = [run(config, part, images, parts[1].groups, trainer) for part in parts]
         if jax.process_index() == 0:
             write(config, *results)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from absgd_jax.data import class_counts
 from benchmarks import config as configuration
 from benchmarks import datasets, report, training
-from benchmarks.config import fail, FROM_0, FROM_1, FROM_2, INSIDE, Must, POSITIVE
+from benchmarks.config import fail, FROM_0, FROM_1, FROM_2, INSIDE, Must, POSITIVE, refusing
 from benchmarks.datasets import Split
 from benchmarks.training import Examples, Images, Run, Task, Trained
 
@@ -47,8 +47,9 @@ PAPERS = {
     "augment": True,
 }
 
-# Of (seed, search): what a run trains on, and what it is evaluated on.
-Draw = Callable[[int, bool], tuple[Examples, Examples]]
+# Of (seed, search): what a run trains on, what it is evaluated on, and a few examples of every
+# class under their right labels, for methods that have to be told.
+Draw = Callable[[int, bool], tuple[Examples, Examples, Examples]]
 Train = Callable[[str, Task, list[Run]], Trained]
 
 
@@ -116,6 +117,7 @@ class Config(training.Config):
         *("0.5", "2", "5"),
         *("0.5:0.5", "0.5:2", "0.5:5"),
     )
+    each: bool = False  # report every λ, at the rate chosen for it, and not the best of them alone
     # address of process 0, where several processes share the work and --out; or auto, where JAX
     # knows the cluster
     coordinator: Annotated[str | None, ADDRESS] = None
@@ -158,12 +160,8 @@ def load(config: Config) -> tuple[Split, Split]:
     blocks = {"linear": 0, "mlp": len(config.hidden), "cnn": 3, "resnet32": 4}[config.model]
     if config.fine_tune_from > blocks:
         fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
-    try:
-        train, test = datasets.load(config.dataset, config.data_dir)
-        datasets.check(train, test)
-    except (OSError, ValueError) as error:
-        fail(str(error))
-    return train, test
+    with refusing():
+        return datasets.load(config.dataset, config.data_dir)
 
 
 def on_device(config: Config, train: Split, test: Split) -> Images:
@@ -222,15 +220,13 @@ def diverged(trained: Trained) -> int:
 
 
 @contextlib.contextmanager
-def session(config: Config, draw: Draw, tasks: int, sizes: list[int]) -> Iterator[Train]:
+def session(config: Config, draw: Draw, sizes: list[int]) -> Iterator[Train]:
     """Holds ``config.out``, shows a bar over all epochs, and gives the function that trains.
 
-    ``sizes`` are how many runs each program of a task has. The table is printed at the end.
+    ``sizes`` are how many runs each program has. The table is printed at the end.
     """
-    try:
-        train, evaluation = draw(SEARCH_SEED, True)
-    except ValueError as error:
-        fail(str(error))
+    with refusing():
+        train, evaluation, _ = draw(SEARCH_SEED, True)
     if config.batch_size > len(train.label):
         fail(
             f"--batch-size must not exceed the {len(train.label)} training examples of the search, "
@@ -241,7 +237,7 @@ def session(config: Config, draw: Draw, tasks: int, sizes: list[int]) -> Iterato
             f"--validation must hold out an example of every class, got {config.validation}, which "
             f"leaves none of the classes {missing.tolist()}"
         )
-    epochs = tasks * config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes)
+    epochs = config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes)
     first = jax.process_index() == 0
 
     def interrupt(*_: Any) -> None:
@@ -300,12 +296,14 @@ def compare(
 
 
 def search_grids(config: Config) -> list[list[Setting]]:
-    """The settings of SGD, those of ABSGD, and those of its automatic λ."""
-    sgd, absgd = (
-        [Setting(lam, rate, config.gamma) for lam in grid for rate in config.learning_rates]
-        for grid in ([SGD], config.temperatures)
-    )
-    return [sgd, *programs(absgd).values()]
+    """The settings of SGD, those of ABSGD, and those of its automatic λ; or of each λ."""
+    by_lambda = [
+        [Setting(lam, rate, config.gamma) for rate in config.learning_rates]
+        for lam in (SGD, *config.temperatures)
+    ]
+    if config.each:
+        return by_lambda
+    return by_lambda[:1] + list(programs([s for grid in by_lambda[1:] for s in grid]).values())
 
 
 def sizes(config: Config) -> list[int]:
@@ -335,7 +333,7 @@ def train_each(
     train: Train,
 ) -> dict[Setting, Trained]:
     """Trains each setting with each seed; those from SEARCH_SEED on are of the search."""
-    found = {}
+    name, found = name.replace(":", "-"), {}  # which names files
     for ending, group in programs(settings).items():
         history, losses = train(name + ending, task, make_runs(config, task, group, seeds, draw))
         for i, setting in enumerate(group):
@@ -367,8 +365,9 @@ def make_runs(
                 train=train,
                 evaluation=evaluation,
                 class_counts=class_counts(train.label, task.classes),
+                clean=clean,
             )
-            for seed, (train, evaluation) in drawn.items()
+            for seed, (train, evaluation, clean) in drawn.items()
         ]
     return runs
 
@@ -382,6 +381,12 @@ def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
         f"{result.trained.history['effective_sample_size'][-1].mean():.2f}",
         f"{diverged(result.trained)} of {result.accuracy.shape[1]}",
     )
+
+
+def name_of(config: Config, result: Result) -> str:
+    """Of its record."""
+    name = f"{result.loss} {result.optimizer}"
+    return f"{name} {result.setting.temperature}" if config.each else name
 
 
 def record(result: Result) -> dict[str, Any]:

@@ -10,13 +10,16 @@ seeds; what is reported is the final epoch on the test split. Accuracies are mea
 import dataclasses
 import functools
 import pathlib
+import re
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 
 from absgd_jax import losses
@@ -24,38 +27,54 @@ from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks import comparison, report
 from benchmarks.comparison import Draw, Result, Setting
 from benchmarks.config import ABOVE_0, FROM_2, NOT_NEGATIVE
+from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
+CLEAN = 10  # examples of a class, for methods that have to be told
 RARE = 0.3  # share of the classes that are "few", and "many"
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
-def deferred(loss: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def deferred(loss: Loss, beta: float = 0.9999) -> Loss:
     """The loss, with class-balanced weights in the second stage."""
 
     def weighted(z, y, n, late):
-        return jnp.where(late, losses.class_balanced_weights(n), 1.0)[y] * loss(z, y, n, late)
+        weights = losses.class_balanced_weights(n, beta=beta)
+        return jnp.where(late, weights, 1.0)[y] * loss(z, y, n, late)
 
     return weighted
 
 
-def adjusted(tau: float) -> Callable[..., jax.Array]:
-    return lambda z, y, n, late: losses.balanced_softmax(z, y, class_counts=n, tau=tau)
+def cvar_terms(each: jax.Array, share: ArrayLike) -> jax.Array:
+    """Losses whose mean is that of the largest ones, a share of the batch."""
+    count = share * each.size
+    rank = jnp.argsort(jnp.argsort(-each)).astype(each.dtype)
+    return each * jnp.clip(count - rank, 0, 1) * each.size / count
 
 
-# Logit adjustment by more than the class sizes says how much of a gain any shift to the rare has.
-TAUS = {"balanced_softmax": 1.0} | {f"logit_adjustment_{tau}": tau for tau in (1.25, 1.5, 2.0)}
-# Of logits z, labels y, class counts n and whether the second stage has begun.
-LOSSES = {
-    "cross_entropy": lambda z, y, n, late: cross_entropy(z, y),
-    "cb_drw": deferred(lambda z, y, n, late: cross_entropy(z, y)),
-    "focal": lambda z, y, n, late: losses.focal(z, y),
-    "ldam_drw": deferred(lambda z, y, n, late: losses.ldam(z, y, class_counts=n)),
-    **{name: adjusted(tau) for name, tau in TAUS.items()},
-    "arb": lambda z, y, n, late: losses.arb(z, y),
-    "arb_global": lambda z, y, n, late: losses.arb(z, y, class_counts=n),
+def smoothed(z: jax.Array, y: jax.Array, share: float) -> jax.Array:
+    return optax.softmax_cross_entropy(
+        z, optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1]), share)
+    )
+
+
+# Of their knobs.
+LOSSES: dict[str, Callable[..., Loss]] = {
+    "cross_entropy": lambda: lambda z, y, n, late: cross_entropy(z, y),
+    "label_smoothing": lambda share=0.1: lambda z, y, n, late: smoothed(z, y, share),
+    "cvar": lambda share=0.5: lambda z, y, n, late: cvar_terms(cross_entropy(z, y), share),
+    "cb_drw": lambda beta=0.9999: deferred(lambda z, y, n, late: cross_entropy(z, y), beta),
+    "focal": lambda gamma=2.0: lambda z, y, n, late: losses.focal(z, y, gamma=gamma),
+    "ldam_drw": lambda: deferred(lambda z, y, n, late: losses.ldam(z, y, class_counts=n)),
+    # The knob is the τ of logit adjustment.
+    "balanced_softmax": lambda tau=1.0: (
+        lambda z, y, n, late: losses.balanced_softmax(z, y, class_counts=n, tau=tau)
+    ),
+    "arb": lambda: lambda z, y, n, late: losses.arb(z, y),
+    "arb_global": lambda: lambda z, y, n, late: losses.arb(z, y, class_counts=n),
 }
+METHOD = must_be_method(LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +82,12 @@ class Config(comparison.Config):
     """Long-tailed data."""
 
     out: pathlib.Path = pathlib.Path("out/longtail")  # folder to write to
-    methods: tuple[Literal[*LOSSES], ...] = ("cross_entropy", "balanced_softmax")  # losses
+    # such as cross_entropy, balanced_softmax:1.25 or cross_entropy+mixup
+    methods: Annotated[tuple[str, ...], METHOD] = (
+        "cross_entropy",
+        "balanced_softmax",
+    )
+    baselines: Annotated[tuple[str, ...], METHOD] = ()  # the same, with SGD alone
     seeds: Annotated[int, FROM_2] = 10  # number of seeds that are reported
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
     # points of validation accuracy that a choice may cost, for more on the rare classes
@@ -74,7 +98,7 @@ def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation:
     """Long-tailed splits of the labels; a label is its class's rank, 0 having the most images."""
     classes = train.max() + 1
 
-    def draw(seed: int, search: bool) -> tuple[Examples, Examples]:
+    def draw(seed: int, search: bool) -> tuple[Examples, ...]:
         rng = np.random.default_rng(seed)
         labels = rng.permutation(classes)[np.concatenate([train, test])].astype(np.int32)
         pool, held_out = np.split(np.arange(len(labels)), [len(train)])
@@ -85,7 +109,9 @@ def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation:
             held_out = np.concatenate([members[:size] for members in by_class])
             pool = np.concatenate([members[size:] for members in by_class])
         kept = pool[long_tailed_indices(labels[pool], imbalance, seed=rng)]
-        return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out))
+        order = np.concatenate([np.setdiff1d(pool, kept), kept])  # those that are left first
+        clean = np.concatenate([order[labels[order] == c][:CLEAN] for c in range(classes)])
+        return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out, clean))
 
     return draw
 
@@ -133,8 +159,39 @@ def draw_classes(axes: Axes, result: Result, style: dict[str, Any]) -> None:
     axes.plot(result.accuracy[-1].mean(axis=0), color="C0", **{"marker": ".", **style})
 
 
+def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
+    """All classes over the rare ones: a curve for each method over its knob, and over its λ.
+
+    A setting of which a run diverged has no point.
+    """
+    curves: dict[str, list[tuple[str, Result]]] = {}
+    for r in results:
+        if r.optimizer == "SGD":
+            sgd, name = r, re.sub(r":[\d.]+", "", r.loss)
+            curves.setdefault(name, []).append((", ".join(re.findall(r":([\d.]+)", r.loss)), r))
+        else:
+            name, text = f"{r.loss}, {r.optimizer}", str(r.setting).removeprefix("ess")
+            curves.setdefault(name, [("", sgd)]).append((text, r))
+    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
+    for i, (name, points) in enumerate(curves.items()):
+        sound = [(text, r.accuracy[-1]) for text, r in points if not comparison.diverged(r.trained)]
+        few = [final[:, groups(final.shape[1])["few"]].mean() for _, final in sound]
+        every = [final.mean() for _, final in sound]
+        style = {"marker": "osD^vXP"[i // 10], "ls": "-" if "ABSGD" in name else "--", "ms": 4}
+        axes.plot(few, every, label=name, color=f"C{i % 10}", lw=1, **style)
+        for (text, _), x, y in zip(sound, few, every, strict=True):
+            axes.annotate(text, (x, y), (2, 3), textcoords="offset points", fontsize="x-small")
+    axes.set_xlabel("test accuracy of the rare classes, %")
+    axes.set_ylabel("of all classes, %")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def write(config: Config, results: list[Result]) -> None:
-    records = {f"{r.loss} {r.optimizer}": comparison.record(r) for r in results}
+    records = {comparison.name_of(config, r): comparison.record(r) for r in results}
     report.write(config.out, records, report.markdown(table(results)))
 
     panels = {r.loss: [q for q in results if q.loss == r.loss] for r in results}
@@ -147,6 +204,7 @@ def write(config: Config, results: list[Result]) -> None:
     ):
         comparison.plot(panels, draw, config.out / f"{name}.png", x=x, y=y, colors=colors)
     comparison.plot_temperature(panels, config.out)
+    plot_tradeoff(results, config.out / "tradeoff.png")
 
 
 def main() -> None:
@@ -157,11 +215,13 @@ def main() -> None:
     draw = make_draw(train.labels, test.labels, config.imbalance, config.validation)
     chosen = functools.partial(choose, give=config.give)
     results = []
-    sizes = comparison.sizes(config)
-    with comparison.session(config, draw, len(config.methods), sizes) as trainer:
-        for name in config.methods:
-            task = Task(images, classes, classes, LOSSES[name], normalized=name == "ldam_drw")
-            results += comparison.compare(config, name, task, draw, trainer, choose=chosen)
+    plain = dataclasses.replace(config, temperatures=())
+    told = dict.fromkeys(config.methods, config) | dict.fromkeys(config.baselines, plain)
+    sizes = [size for each in told.values() for size in comparison.sizes(each)]
+    with comparison.session(config, draw, sizes) as trainer:
+        for name, each in told.items():
+            task = Task(images, classes, classes, parse(name, LOSSES))
+            results += comparison.compare(each, name, task, draw, trainer, choose=chosen)
             if jax.process_index() == 0:
                 write(config, results)
 

@@ -32,20 +32,24 @@ def weighted(losses: jax.Array, weights: Weights) -> jax.Array:
     return jnp.sum(weights(jax.lax.stop_gradient(losses)) * losses)
 
 
-def look_ahead(train: Losses, params: Any, weights: Weights) -> Any:
+def look_ahead(train: Losses, params: Any, weights: Weights, rate: float) -> Any:
     """The parameters after a step of plain SGD."""
     grads = jax.grad(lambda params: weighted(train(params), weights))(params)
-    return jax.tree.map(lambda p, g: p - RATE * g, params, grads)
+    return jax.tree.map(lambda p, g: p - rate * g, params, grads)
 
 
-def l2rw(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
+def l2rw(
+    train: Losses, clean: Loss, params: Any, theta: Any, *, rate: float = RATE
+) -> tuple[Weights, Any]:
     """Learning to reweight as published: backwards through the step."""
     eps = jnp.zeros_like(jax.eval_shape(train, params))
-    slope = jax.grad(lambda eps: clean(look_ahead(train, params, lambda _: eps)))(eps)
+    slope = jax.grad(lambda eps: clean(look_ahead(train, params, lambda _: eps, rate)))(eps)
     return normalized(-slope), theta
 
 
-def l2rw_forward(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
+def l2rw_forward(
+    train: Losses, clean: Loss, params: Any, theta: Any, *, rate: float = RATE
+) -> tuple[Weights, Any]:
     """The same weights at the least cost: at ε = 0 it is α ∇l_i · ∇L, a derivative in forward mode.
 
     Nobody has published this, that we know of; it is here so that the comparison is with the best.
@@ -59,12 +63,20 @@ def normalized(gain: jax.Array) -> Weights:
     return lambda _: positive / jnp.where(total > 0, total, 1)
 
 
-def meta_weight_net(train: Losses, clean: Loss, params: Any, theta: Any) -> tuple[Weights, Any]:
+def meta_weight_net(
+    train: Losses,
+    clean: Loss,
+    params: Any,
+    theta: Any,
+    *,
+    rate: float = RATE,
+    meta_rate: float = META_RATE,
+) -> tuple[Weights, Any]:
     def weights(theta):
         return lambda losses: weight_net(theta, losses) / losses.size
 
-    slope = jax.grad(lambda theta: clean(look_ahead(train, params, weights(theta))))(theta)
-    theta = jax.tree.map(lambda t, g: t - META_RATE * g, theta, slope)
+    slope = jax.grad(lambda theta: clean(look_ahead(train, params, weights(theta), rate)))(theta)
+    theta = jax.tree.map(lambda t, g: t - meta_rate * g, theta, slope)
     return weights(theta), theta
 
 

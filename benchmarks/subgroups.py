@@ -34,6 +34,7 @@ from tqdm import tqdm
 from absgd_jax import absgd, target_ess, tilt, two_stage
 from benchmarks import comparison, config, datasets, models, report
 from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, FROM_2, INSIDE, Must, POSITIVE
+from benchmarks.longtail import cvar_terms
 from benchmarks.training import EVALUATED_AT_ONCE, Examples, Images
 
 matplotlib.use("Agg")
@@ -146,13 +147,6 @@ def make_draw(
     return draw
 
 
-def cvar(losses: jax.Array, share: jax.Array) -> jax.Array:
-    """The mean of the largest losses, a share of the batch."""
-    count = share * losses.size
-    weights = jnp.clip(count - jnp.arange(losses.size, dtype=losses.dtype), 0, 1)
-    return jnp.sum(weights * jnp.sort(losses, descending=True)) / count
-
-
 def group_dro(
     losses: jax.Array, group: jax.Array, sizes: jax.Array, log_q: jax.Array, rate: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -219,7 +213,7 @@ def train_one(c: Config, name: str, method: str, groups: int, images: Images, ru
         def loss_fn(params):
             losses, _ = losses_of(params, batch)
             if method == "CVaR":
-                loss, new = cvar(losses, run.number), log_q
+                loss, new = cvar_terms(losses, run.number).mean(), log_q
             elif method in TOLD:
                 loss, new = group_dro(losses, batch.group, sizes, log_q, run.number)
             else:
@@ -440,12 +434,9 @@ def write(c: Config, results: list[Result], seen: dict[str, Any]) -> None:
 
 def main() -> None:
     c = config.read(Config, __doc__)
-    try:
+    with config.refusing():
         train, test = datasets.load(c.dataset, c.data_dir)
-        datasets.check(train, test)
         draw = make_draw(train.labels, test.labels, c.rare, c.examples, c.validation)
-    except (OSError, ValueError) as error:
-        config.fail(str(error))
     if c.batch_size > (n := len(draw(0)["train"].label)):
         config.fail(f"--batch-size must not exceed the {n} training examples, got {c.batch_size}")
     mean, std = (np.float32(f(train.images, axis=(0, 1, 2))) for f in (np.mean, np.std))

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import pathlib
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -20,11 +20,13 @@ import numpy as np
 from benchmarks import comparison, longtail, noise, report, training
 from benchmarks.comparison import Setting, SGD, TEMPERATURE
 from benchmarks.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, POSITIVE
+from benchmarks.methods import must_be_method, parse
 from benchmarks.noise import NOISE
 from benchmarks.training import Run, Task, Trained
 
 TIMES = 3  # of one epoch, at once and one after another in turn
 LOSSES = longtail.LOSSES | noise.LOSSES
+METHOD = must_be_method(LOSSES)
 
 Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
@@ -34,7 +36,11 @@ class Config(comparison.Config):
     """Every temperature, γ, learning rate and seed."""
 
     out: pathlib.Path = pathlib.Path("out/sweep")  # folder to write to
-    methods: tuple[Literal[*LOSSES], ...] = ("cross_entropy", "balanced_softmax")  # losses
+    # as in benchmarks.longtail, and with --noise as in benchmarks.noise
+    methods: Annotated[tuple[str, ...], METHOD] = (
+        "cross_entropy",
+        "balanced_softmax",
+    )
     seeds: Annotated[int, FROM_2] = 2  # number of seeds
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.1,)  # peaks
     # as in benchmarks.longtail
@@ -173,17 +179,18 @@ def main() -> None:
     else:
         draw = longtail.make_draw(*labels, config.imbalance, config.validation)
         losses, groups = longtail.LOSSES, classes
-    if unknown := set(config.methods) - set(losses):
-        fail(f"--methods must be of {', '.join(losses)} here, got {', '.join(unknown)}")
+    must = must_be_method(losses)
+    if unknown := [name for name in config.methods if not must.holds(name)]:
+        fail(f"--methods must {must.text} here, got {', '.join(unknown)}")
     images = comparison.on_device(config, train, test)
 
     programs = list(comparison.programs(config.settings).values())
     seeds = range(comparison.SEARCH_SEED, comparison.SEARCH_SEED + config.seeds)
     results, times = {}, None
-    sizes = [len(group) * config.seeds for group in programs]
-    with comparison.session(config, draw, len(config.methods), sizes) as trainer:
+    sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
+    with comparison.session(config, draw, sizes) as trainer:
         for name in config.methods:
-            task = Task(images, classes, groups, losses[name], normalized=name == "ldam_drw")
+            task = Task(images, classes, groups, parse(name, losses))
             if config.timed and times is None:
                 runs = comparison.make_runs(config, task, programs[0], seeds, draw)
                 times = compare_times(config, task, runs[: config.timed])

@@ -34,15 +34,13 @@ from absgd_jax import absgd, diagnostics, target_ess, tilt, two_stage
 from benchmarks import models, report
 from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, SHARE
 from benchmarks.config import Config as BaseConfig
+from benchmarks.methods import Batch, Method, Parts
 
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 
-# Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
-# examples, and whether the second stage of training has begun.
-Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 # What is recorded of every epoch of every run, [epochs, runs, ...]: "accuracy" of each class of the
 # evaluation split; and, as means over the batches, "mass", the share of the weights that each group
 # has, and the scalars of diagnostics.summary.
@@ -121,8 +119,7 @@ class Task(NamedTuple):
     images: Images
     classes: int
     groups: int
-    loss: Loss
-    normalized: bool = False  # whether the logits are cosines
+    method: Method
 
 
 class Run(NamedTuple):
@@ -137,6 +134,7 @@ class Run(NamedTuple):
     train: Examples
     evaluation: Examples
     class_counts: Any  # [classes], int32: of the training examples
+    clean: Examples  # as many of every class, for learnt weights
 
 
 class TrainState(NamedTuple):
@@ -144,6 +142,7 @@ class TrainState(NamedTuple):
     other: Any  # what the model keeps beside: the statistics of batch normalisation
     opt_state: Any
     step: Any
+    memory: Any  # what the method keeps
 
 
 class Program(NamedTuple):
@@ -220,7 +219,7 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
             task.classes,
             rngs=nnx.Rngs(jax.random.key(seed)),
             hidden=config.hidden,
-            normalized=task.normalized,
+            normalized=task.method.normalized,
             dtype=config.dtype,
         )
 
@@ -261,7 +260,8 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        return TrainState(params, other, optimizer(run).init(params), jnp.int32(0))
+        memory = task.method.init(examples, task.classes)
+        return TrainState(params, other, optimizer(run).init(params), jnp.int32(0), memory)
 
     def shuffle(run, number):
         order_key, augment_key = jax.random.split(
@@ -277,13 +277,24 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
         if config.augment:
             x = augment(x, key)
 
-        def loss_fn(params):
+        def forward(params, x):
             model = nnx.merge(trained, params, state.other, copy=True)
-            losses = task.loss(model(x), y, run.class_counts, state.step >= second_stage)
-            _, _, other = nnx.split(model, nnx.Param, ...)
-            return tilt(losses, state.opt_state).mean(), (losses, other)
+            return model(x), nnx.split(model, nnx.Param, ...)[2]
 
-        (value, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        parts = Parts(
+            forward,
+            lambda z, y: task.method.loss(z, y, run.class_counts, state.step >= second_stage),
+            lambda losses: tilt(losses, state.opt_state).mean(),
+        )
+        batch = Batch(
+            *(index, x, y),
+            clean=(images[run.clean.index], run.clean.label),
+            key=jax.random.fold_in(key, 0),  # the key itself has drawn the augmentation
+            rate=run.learning_rate * rate(state.step),
+        )
+        (value, (losses, other, memory)), grads = task.method.way(
+            parts, state.params, state.memory, batch
+        )
         updates, opt_state = optimizer(run).update(
             grads, state.opt_state, state.params, value=value, losses=losses
         )
@@ -292,7 +303,8 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
             losses, state.opt_state, labels=run.train.group[index], num_classes=task.groups
         )
         mass = jnp.stack([scalars.pop(f"class_mass/{i}") for i in range(task.groups)])
-        return TrainState(params, other, opt_state, state.step + 1), {"mass": mass, **scalars}
+        state = TrainState(params, other, opt_state, state.step + 1, memory)
+        return state, {"mass": mass, **scalars}
 
     def logits(state, images, index):
         """Of any number of examples, a part of them at a time."""
@@ -309,7 +321,7 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
 
     def losses(state, run, images):
         each = logits(state, images, run.train.index)
-        return task.loss(each, run.train.label, run.class_counts, state.step >= second_stage)
+        return task.method.loss(each, run.train.label, run.class_counts, state.step >= second_stage)
 
     return Program(init, shuffle, step, accuracy, losses)
 

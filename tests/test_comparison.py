@@ -73,7 +73,8 @@ def test_longtail(tmp_path, compare):
     sgd, absgd = (np.mean(r["mass"], axis=0) for r in results.values())
     assert np.all(np.diff(sgd) < 0)
     assert np.all(absgd[-3:] > sgd[-3:])
-    assert set(pictures(out)) == {*("curves.png", "classes.png", "mass.png", "temperature.png")}
+    names = ("curves", "classes", "mass", "temperature", "tradeoff")
+    assert set(pictures(out)) == {f"{name}.png" for name in names}
     assert min(pictures(out).values()) > 0.05
     assert "ldam_drw-final-0, epoch 6 of 6" in (out / "log.txt").read_text()
 
@@ -113,6 +114,18 @@ def test_automatic_temperature(tmp_path, compare):
     assert "| ess0.5 from 0.5 |" in (tmp_path / "table.md").read_text()
     assert set(pictures(tmp_path)) >= {"mass.png", "temperature.png"}
     assert min(pictures(tmp_path).values()) > 0.05
+
+
+def test_each_temperature(tmp_path, compare):
+    """It has a row of its own, and baselines have none."""
+    options = f"{SMALL} --epochs 2 --learning-rates 0.1 --methods focal --baselines cvar+sam"
+    _, results = compare(longtail, f"{options} --each --temperatures 20 1e6")
+    assert list(results) == [
+        *("focal SGD inf", "focal ABSGD 20", "focal ABSGD 1e6"),
+        "cvar+sam SGD inf",
+    ]
+    assert (tmp_path / "runs" / "cvar+sam-final-0.npz").exists()
+    assert pictures(tmp_path)["tradeoff.png"] > 0.05
 
 
 @pytest.mark.parametrize(

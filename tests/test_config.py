@@ -23,6 +23,7 @@ from benchmarks import (
     speed,
     subgroups,
     sweep,
+    tabular,
     toy,
 )
 from tests.support.commands import load, ROOT, run
@@ -44,10 +45,27 @@ BAD = {
         *("ess1.5", "ess0", "1:ess0.5", "5,0.8:ess0.5"),
     ],
     comparison.ADDRESS: ["here"],
+    **{
+        method: ["", "mixup", "cross_entropy:1", "cross_entropy+sam:x", "cross_entropy+warp"]
+        for method in (longtail.METHOD, noise.METHOD, sweep.METHOD)
+    },
     noise.NOISE: ["symmetric:2", "none", "symmetric", "asymmetric:nan"],
+    tabular.TABLE: ["", ":0.1", "wine:", "wine:0", "wine:1.1", "wine:nan", "wine:0.1:0.2"],
     subgroups.REGIME: ["cnn:0.1", "mlp", "mlp:-1", "mlp:nan", "mlp:inf"],
 }
-BENCHMARKS = [tour, convergence, longtail, noise, online, pod, speed, subgroups, sweep, toy]
+BENCHMARKS = [
+    tour,
+    convergence,
+    longtail,
+    noise,
+    online,
+    pod,
+    speed,
+    subgroups,
+    sweep,
+    tabular,
+    toy,
+]
 
 
 def name(benchmark):
@@ -114,7 +132,7 @@ def refusal(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("benchmark", "options", "message"),
     [
-        (longtail, "--methods mse", "invalid choice 'mse' for argument '--methods'"),
+        (longtail, "--methods mse", "sam, elr, l2rw, meta_weight_net, got mse"),
         (longtail, "--epochs many", "Error parsing --epochs: invalid literal"),
         (longtail, "--epochs 0", "--epochs must be a whole number from 1 on, got 0"),
         (longtail, "--epoch 3", "Perhaps you meant: --epochs"),
@@ -130,8 +148,8 @@ def refusal(tmp_path, monkeypatch, capsys):
             "--process-id must be less than --num-processes, got 2",
         ),
         (longtail, "--validation 0.001", "--validation must hold out an example of every class"),
-        (sweep, "--methods gce", "--methods must be of cross_entropy, cb_drw"),
-        (sweep, "--methods focal --noise symmetric:0.4", "sce, gce, truncated_gce here, got"),
+        (sweep, "--methods gce", "arb_global; and of mixup"),
+        (sweep, "--methods focal --noise symmetric:0.4", "[+WAY[:KNOB]] of cross_entropy, sce, gce"),
         (pod, "--models vgg", "invalid choice 'vgg'"),
         (pod, "--topologies nowhere", "--topologies must be known to the TPU's compiler, got no"),
         (speed, "--parts jax", "invalid choice 'jax'"),

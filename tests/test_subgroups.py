@@ -40,11 +40,6 @@ def test_split():
 
 
 def test_objectives():
-    largest = np.sort(LOSSES)[::-1]
-    for share, expected in ((0.25, 3.5), (1.0, LOSSES.mean()), (0.3, (7 + 0.4 * largest[2]) / 2.4)):
-        value = subgroups.cvar(jnp.asarray(LOSSES), jnp.float32(share))
-        np.testing.assert_allclose(value, expected, rtol=1e-6)
-
     group, sizes = np.array([0, 0, 1, 0, 1, 0, 0, 2]), np.float32([6, 3, 1])
     means = [LOSSES[group == g].sum() / (8 * sizes[g] / 10) for g in range(3)]
     arguments = (*map(jnp.asarray, (LOSSES, group, sizes)), jnp.full(3, -np.log(3), jnp.float32))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks import comparison, datasets, models, training
+from benchmarks import comparison, datasets, methods, models, training
 from tests.support import reference
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
@@ -37,13 +37,16 @@ def cross_entropy(logits, labels, class_counts, late):
     return jnp.where(late, 2 * losses, losses)
 
 
+METHOD = methods.parse("cross_entropy", {"cross_entropy": lambda: cross_entropy})
+
+
 @pytest.fixture(scope="module")
 def digits():
     return datasets.load("digits")
 
 
 def make_task(config, digits):
-    return training.Task(comparison.on_device(config, *digits), 10, 2, cross_entropy)
+    return training.Task(comparison.on_device(config, *digits), 10, 2, METHOD)
 
 
 def fit(tmp_path, digits, runs, **options):
@@ -68,6 +71,7 @@ def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(
         training.Examples(np.arange(EXAMPLES, dtype=np.int32), labels, labels % 2),
         training.Examples(np.arange(100, dtype=np.int32) + len(train.labels), tested, tested),
         np.bincount(labels, minlength=10),
+        training.Examples(*(np.arange(20, dtype=np.int32),) * 3),
     )
 
 

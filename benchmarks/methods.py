@@ -1,0 +1,177 @@
+"""Ways to train: what a step differentiates, where it isn't the mean of the losses of a batch.
+
+A method is written as ``LOSS[:KNOB][+WAY[:KNOB]]``: ``balanced_softmax:1.25`` is logit adjustment
+by τ = 1.25, ``cross_entropy+mixup`` trains on mixed images, ``focal+sam:0.1`` is sharpness-aware.
+
+    mixup            Zhang et al., ICLR 2018, arXiv 1710.09412; the knob is α
+    sam              Foret et al., ICLR 2021, arXiv 2010.01412; the knob is ρ
+    elr              early-learning regularisation, Liu et al., NeurIPS 2020, arXiv 2007.00151; the
+                     knob is the coefficient of the regulariser
+    l2rw             learning to reweight; see ``benchmarks.meta``
+    meta_weight_net  Meta-Weight-Net, likewise; the knob is the learning rate of its network
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import meta
+from benchmarks.config import Must
+
+# Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
+# examples, and whether the second stage of training has begun.
+Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+TARGET_DECAY = 0.7  # of the moving average that elr keeps of an example's predictions
+
+
+class Parts(NamedTuple):
+    """What a step is put together from."""
+
+    logits: Callable[
+        [Any, jax.Array], tuple[jax.Array, Any]
+    ]  # of params and images; and statistics
+    loss: Callable[[jax.Array, jax.Array], jax.Array]  # of each example, by logits and labels
+    mean: Callable[[jax.Array], jax.Array]  # of the losses, in ABSGD's weights
+
+
+class Batch(NamedTuple):
+    index: jax.Array  # [B], of the training examples
+    x: jax.Array
+    y: jax.Array
+    clean: tuple[jax.Array, jax.Array]  # images and right labels, as many of every class
+    key: jax.Array
+    rate: jax.Array  # the learning rate
+
+
+# The value, of which update is told; the losses, statistics, and memory; and the gradients.
+Step = tuple[tuple[jax.Array, tuple[jax.Array, Any, Any]], Any]
+Way = Callable[[Parts, Any, Any, Batch], Step]  # of parameters, memory and batch
+
+
+class Method(NamedTuple):
+    loss: Loss
+    way: Way
+    init: Callable[[int, int], Any]  # the memory, of numbers of examples and classes
+    normalized: bool  # whether the logits are cosines
+
+
+def plain(parts: Parts, params: Any, memory: Any, batch: Batch) -> Step:
+    def loss_fn(params):
+        logits, other = parts.logits(params, batch.x)
+        losses = parts.loss(logits, batch.y)
+        return parts.mean(losses), (losses, other, memory)
+
+    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+
+def mixup(alpha: float = 1.0) -> Way:
+    def way(parts, params, memory, batch):
+        share_key, order_key = jax.random.split(batch.key)
+        share = jax.random.beta(share_key, alpha, alpha)
+        order = jax.random.permutation(order_key, len(batch.y))
+
+        def mix(a, b):
+            return share * a + (1 - share) * b
+
+        def loss(z, y):
+            return mix(parts.loss(z, y), parts.loss(z, y[order]))
+
+        mixed = batch._replace(x=mix(batch.x, batch.x[order]))
+        return plain(parts._replace(loss=loss), params, memory, mixed)
+
+    return way
+
+
+def sam(rho: float = 0.05) -> Way:
+    def way(parts, params, memory, batch):
+        _, grads = plain(parts, params, memory, batch)
+        scale = rho / (optax.tree.norm(grads) + 1e-12)
+        uphill = jax.tree.map(lambda p, g: p + scale * g, params, grads)
+        return plain(parts, uphill, memory, batch)
+
+    return way
+
+
+def elr(coefficient: float = 3.0) -> Way:
+    """The memory is the moving average of what was predicted of every training example."""
+
+    def way(parts, params, memory, batch):
+        def loss_fn(params):
+            logits, other = parts.logits(params, batch.x)
+            p = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
+            new = jax.lax.stop_gradient(p / p.sum(axis=-1, keepdims=True))
+            targets = TARGET_DECAY * memory[batch.index] + (1 - TARGET_DECAY) * new
+            agreement = jnp.sum(targets * p, axis=-1)
+            losses = parts.loss(logits, batch.y) + coefficient * jnp.log1p(-agreement)
+            return parts.mean(losses), (losses, other, memory.at[batch.index].set(targets))
+
+        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+
+    return way
+
+
+def reweighted(algorithm: Callable[..., Any]) -> Way:
+    def way(parts, params, memory, batch):
+        def losses(x, y):
+            return lambda params: parts.loss(parts.logits(params, x)[0], y)
+
+        clean = losses(*batch.clean)
+        weights, memory = algorithm(
+            losses(batch.x, batch.y),
+            lambda params: clean(params).mean(),
+            *(params, memory),
+            rate=batch.rate,
+        )
+        weighted = parts._replace(mean=lambda losses: meta.weighted(losses, weights))
+        return plain(weighted, params, memory, batch)
+
+    return way
+
+
+def meta_weight_net(meta_rate: float = 0.1) -> Way:
+    return reweighted(functools.partial(meta.meta_weight_net, meta_rate=meta_rate))
+
+
+WAYS: dict[str, Callable[..., Way]] = {
+    "": lambda: plain,
+    "mixup": mixup,
+    "sam": sam,
+    "elr": elr,
+    "l2rw": lambda: reweighted(meta.l2rw_forward),
+    "meta_weight_net": meta_weight_net,
+}
+MEMORIES = {
+    "elr": lambda examples, classes: jnp.zeros((examples, classes)),
+    "meta_weight_net": lambda *_: meta.init_weight_net(jax.random.key(0)),
+}
+
+
+Losses = Mapping[str, Callable[..., Loss]]  # by name, each a function of its knob
+
+
+def parse(text: str, losses: Losses) -> Method:
+    (loss, *knob), (way, *way_knob) = (part.split(":") for part in text.partition("+")[::2])
+    memory = MEMORIES.get(way, lambda *_: ())
+    return Method(
+        losses[loss](*map(float, knob)),
+        WAYS[way](*map(float, way_knob)),
+        memory,
+        normalized=loss == "ldam_drw",
+    )
+
+
+def must_be_method(losses: Losses) -> Must:
+    """What a flag that names a method has to be."""
+
+    def holds(text: str) -> bool:
+        try:
+            return bool(parse(text, losses))
+        except (KeyError, TypeError, ValueError):  # no such name, a knob too many, not a number
+            return False
+
+    ways = ", ".join(filter(None, WAYS))
+    return Must(f"be LOSS[:KNOB][+WAY[:KNOB]] of {', '.join(losses)}; and of {ways}", holds)

@@ -1,0 +1,153 @@
+"""Ways to train, beside NumPy's gradients of a linear classifier."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from benchmarks import longtail, meta, methods
+from benchmarks.methods import Batch, Parts
+
+RNG = np.random.default_rng(0)
+X, CLEAN_X = RNG.normal(size=(8, 3)), RNG.normal(size=(5, 3))
+Y, CLEAN_Y = RNG.integers(0, 4, 8), RNG.integers(0, 4, 5)
+PARAMS = RNG.normal(size=(3, 4))
+INDEX = np.array([3, 9, 4, 1, 7, 2, 0, 5])
+EYE = np.eye(4)
+
+
+def softmax(z):
+    p = np.exp(z - z.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def losses(params, x=X, targets=EYE[Y]):
+    return -np.sum(targets * np.log(softmax(x @ params)), axis=-1)
+
+
+def gradients(params, x=X, targets=EYE[Y]):
+    """Of each example, [B, D, C]."""
+    return x[:, :, None] * (softmax(x @ params) - targets)[:, None]
+
+
+@pytest.fixture
+def step(x64):
+    parts = Parts(
+        lambda params, x: (x @ params, "statistics"),
+        optax.softmax_cross_entropy_with_integer_labels,
+        jnp.mean,
+    )
+    arrays = map(jnp.asarray, (INDEX, X, Y))
+    clean = jnp.asarray(CLEAN_X), jnp.asarray(CLEAN_Y)
+    batch = Batch(*arrays, clean, jax.random.key(3), 0.5)
+
+    def step(way, memory=()):
+        """What it returns, the batch being the above."""
+
+        def run(params, memory):
+            (value, (each, other, memory)), grads = way(parts, params, memory, batch)
+            assert other == "statistics"
+            return value, each, memory, grads
+
+        return jax.jit(run)(jnp.asarray(PARAMS), memory)
+
+    return step
+
+
+def test_plain(step):
+    value, each, _, grads = step(methods.plain)
+    np.testing.assert_allclose(each, losses(PARAMS))
+    np.testing.assert_allclose(value, each.mean())
+    np.testing.assert_allclose(grads, gradients(PARAMS).mean(axis=0))
+
+
+def test_mixup(step):
+    value, each, _, grads = step(methods.mixup(0.7))
+    share_key, order_key = jax.random.split(jax.random.key(3))
+    order = np.array(jax.random.permutation(order_key, 8))
+    share = float(jax.random.beta(share_key, 0.7, 0.7))
+    assert 0 < share < 1
+    x, targets = (share * a + (1 - share) * a[order] for a in (X, EYE[Y]))
+    np.testing.assert_allclose(each, losses(PARAMS, x, targets))
+    np.testing.assert_allclose(value, each.mean())
+    np.testing.assert_allclose(grads, gradients(PARAMS, x, targets).mean(axis=0))
+
+
+def test_sam(step):
+    value, _, _, grads = step(methods.sam(0.3))
+    g = gradients(PARAMS).mean(axis=0)
+    uphill = PARAMS + 0.3 * g / np.linalg.norm(g)
+    np.testing.assert_allclose(value, losses(uphill).mean())
+    np.testing.assert_allclose(grads, gradients(uphill).mean(axis=0))
+
+
+def test_elr(step):
+    memory = RNG.dirichlet(np.ones(4), 10)
+    value, each, new, grads = step(methods.elr(2.0), jnp.asarray(memory))
+    targets = 0.7 * memory[INDEX] + 0.3 * softmax(X @ PARAMS)
+    np.testing.assert_allclose(new[INDEX], targets)
+    np.testing.assert_array_equal(new[jnp.array([6, 8])], memory[[6, 8]])
+
+    def regularised(params):
+        agreement = np.sum(targets * softmax(X @ params), axis=-1)
+        return losses(params) + 2 * np.log(1 - agreement)
+
+    np.testing.assert_allclose(each, regularised(PARAMS))
+    np.testing.assert_allclose(value, each.mean())
+    for i in np.ndindex(PARAMS.shape):
+        ends = [PARAMS.copy(), PARAMS.copy()]
+        ends[0][i] -= 1e-6
+        ends[1][i] += 1e-6
+        low, high = (regularised(end).mean() for end in ends)
+        np.testing.assert_allclose(grads[i], (high - low) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+def test_learning_to_reweight(step):
+    _, each, _, grads = step(methods.WAYS["l2rw"]())
+    of_clean = gradients(PARAMS, CLEAN_X, EYE[CLEAN_Y]).mean(axis=0)
+    weights = np.maximum(np.sum(gradients(PARAMS) * of_clean, axis=(1, 2)), 0)
+    assert 0 < np.sum(weights > 0) < 8
+    np.testing.assert_allclose(each, losses(PARAMS))
+    np.testing.assert_allclose(
+        grads, np.einsum("i,ijk", weights / weights.sum(), gradients(PARAMS))
+    )
+
+
+@pytest.mark.usefixtures("users_promotion")
+def test_meta_weight_net(step):
+    memory = meta.init_weight_net(jax.random.key(0))
+    _, each, new, grads = step(methods.meta_weight_net(0.2), memory)
+
+    def clean_loss(theta):
+        weights = meta.weight_net(theta, jnp.asarray(losses(PARAMS))) / 8
+        ahead = PARAMS - 0.5 * jnp.einsum("i,ijk", weights, gradients(PARAMS))
+        return optax.softmax_cross_entropy(CLEAN_X @ ahead, EYE[CLEAN_Y]).mean()
+
+    slope = jax.grad(clean_loss)(memory)
+    expected = jax.tree.map(lambda t, g: t - 0.2 * g, memory, slope)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-12), new, expected
+    )
+    weights = np.array(meta.weight_net(new, each)) / 8
+    np.testing.assert_allclose(grads, np.einsum("i,ijk", weights, gradients(PARAMS)))
+
+
+def test_losses():
+    z, n = jnp.asarray(X @ PARAMS, jnp.float32), jnp.asarray([9, 5, 3, 2])
+    each = losses(PARAMS)
+
+    def found(text):
+        return methods.parse(text, longtail.LOSSES).loss(z, jnp.asarray(Y), n, jnp.bool_(False))
+
+    largest = np.sort(each)[::-1]
+    np.testing.assert_allclose(found("cvar:0.25").mean(), largest[:2].mean(), rtol=1e-6)
+    value = (largest[:2].sum() + 0.4 * largest[2]) / 2.4
+    np.testing.assert_allclose(found("cvar:0.3").mean(), value, rtol=1e-6)
+    smooth = losses(PARAMS, targets=0.8 * EYE[Y] + 0.2 / 4)
+    np.testing.assert_allclose(found("label_smoothing:0.2"), smooth, rtol=1e-5)
+    prior = np.array([9, 5, 3, 2]) ** 1.5
+    adjusted = -np.log((prior * np.exp(X @ PARAMS))[np.arange(8), Y] / (np.exp(X @ PARAMS) @ prior))
+    np.testing.assert_allclose(found("balanced_softmax:1.5"), adjusted, rtol=1e-5)
