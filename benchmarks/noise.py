@@ -106,7 +106,7 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/noise")  # folder to write to
     # such as cross_entropy, gce or cross_entropy+mixup
-    methods: Annotated[tuple[str, ...], METHOD] = tuple(LOSSES)
+    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "sce", "gce", "truncated_gce")
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.03, 0.1, 0.3, 1.0)  # to choose from
     # as in benchmarks.longtail
     temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
@@ -260,7 +260,7 @@ def main() -> None:
                 label = f"{noise.replace(':', '-')}-{name}"
                 task = Task(images, classes, 2, parse(name, LOSSES))
                 compared = comparison.compare(config, label, task, draw, trainer)
-                pairs = [(r, find(r, draw)) for r in compared]
+                pairs = [(r._replace(loss=name), find(r, draw)) for r in compared]
                 results[noise.replace(":", " "), name] = pairs
                 if jax.process_index() == 0:
                     write(config, results)

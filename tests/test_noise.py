@@ -81,10 +81,10 @@ def test_wrong_labels_depend_on_the_image():
     n = 20_000
     images = np.repeat(np.array([[0, 30, 20], [60, 0, 40]], np.uint8), n, axis=0)
     labels = np.ones(2 * n, np.int32)
-    noisy, _ = noise.instance_labels(images, labels, 0.4, 3, np.random.default_rng(1))
+    noisy, _ = noise.instance_labels(images, labels, 0.4, 3, np.random.default_rng(3))
     found = [np.bincount(part, minlength=3) / n for part in (noisy[:n], noisy[n:])]
 
-    replay = np.random.default_rng(1)
+    replay = np.random.default_rng(3)
     truncnorm.rvs(-4, 4, 0.4, 0.1, size=2 * n, random_state=replay)
     replay.normal(size=(3, 3))  # of class 0, which has no images
     pixels = (images[[0, n]] - images.mean()) / images.std()
@@ -92,7 +92,7 @@ def test_wrong_labels_depend_on_the_image():
     expected = np.zeros((2, 3))
     expected[:, [0, 2]] = 0.4 * scipy.special.softmax(logits[:, [0, 2]], axis=1)
     expected[:, 1] = 0.6
-    assert abs(expected[0, 0] - expected[1, 0]) > 0.1
+    assert abs(expected[0, 0] - expected[1, 0]) > 0.3
     np.testing.assert_allclose(found, expected, atol=0.015)
 
 
