@@ -170,16 +170,16 @@ def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
             sgd, name = r, re.sub(r":[\d.]+", "", r.loss)
             curves.setdefault(name, []).append((", ".join(re.findall(r":([\d.]+)", r.loss)), r))
         else:
-            name, text = f"{r.loss}, {r.optimizer}", str(r.setting).removeprefix("ess")
-            curves.setdefault(name, [("", sgd)]).append((text, r))
+            _, lam = comparison.stages(r.setting.temperature)[-1]
+            curves.setdefault(f"{r.loss}, {r.optimizer}", [("", sgd)]).append((f"{lam:g}", r))
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
         sound = [(text, r.accuracy[-1]) for text, r in points if not comparison.diverged(r.trained)]
-        few = [final[:, groups(final.shape[1])["few"]].mean() for _, final in sound]
-        every = [final.mean() for _, final in sound]
+        means = [(a[:, groups(a.shape[1])["few"]].mean(), a.mean(), text) for text, a in sound]
+        few, every, texts = zip(*sorted(means), strict=True) if means else ((), (), ())
         style = {"marker": "osD^vXP"[i // 10], "ls": "-" if "ABSGD" in name else "--", "ms": 4}
         axes.plot(few, every, label=name, color=f"C{i % 10}", lw=1, **style)
-        for (text, _), x, y in zip(sound, few, every, strict=True):
+        for x, y, text in zip(few, every, texts, strict=True):
             axes.annotate(text, (x, y), (2, 3), textcoords="offset points", fontsize="x-small")
     axes.set_xlabel("test accuracy of the rare classes, %")
     axes.set_ylabel("of all classes, %")
