@@ -1,0 +1,529 @@
+"""Small tables with rare classes or wrong labels: losses, each with SGD and with ABSGD.
+
+    python -m benchmarks.tabular
+
+Cross-validation, in which every fold has a setting of its own: the one with the best mean balanced
+accuracy on parts of the fold's training data that were held out. A table is one of scikit-learn's,
+or a file NAME.dat of the KEEL repository (Alcalá-Fdez et al. 2011) in a folder, and is written
+
+    breast_cancer       as it is
+    breast_cancer:0.03  with 3 % as many training examples of the rarest class as of the largest
+    digits-8            class 8 against the rest
+
+The methods, beside SGD and a fixed λ, are automatic temperatures:
+
+    ESS 0.9             target_ess(0.9)
+    ESS 0.9, later      the same after half of the steps
+    ESS 0.9, lift 1.25  a target from 0.9 on that lets the rarest class gain 1.25 times its weight
+                        at most; see ``lifted``
+    ESS 0.6, within     of losses less the level of their class, so that no class gains or loses
+                        weight; see ``levels``
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from sklearn import datasets
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from tqdm import tqdm
+
+from absgd_jax import absgd, get_temperature, losses, robust_loss, target_ess, tilt, two_stage
+from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
+from benchmarks import config, report
+from benchmarks.comparison import near_guess, SEARCH_SEED
+from benchmarks.config import BELOW_1, FROM_1, FROM_2, INSIDE, Must, NOT_NEGATIVE, POSITIVE
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+AT_ONCE = 256  # runs of a program; the last ones are filled up, so that one compilation serves all
+SKLEARN = ("breast_cancer", "digits", "iris", "wine")
+
+
+class Rule(NamedTuple):
+    """What λ is."""
+
+    number: float  # λ, or the effective sample size of an automatic one with the sign of λ
+    begin: float = 0.0  # share of the steps before it
+    automatic: bool = False
+    lift: float = math.inf  # of the rarest class, at most
+    within: bool = False  # classes
+
+
+class Setting(NamedTuple):
+    """What a search chooses from."""
+
+    loss: str
+    method: str
+    rule: Rule
+    learning_rate: float
+    weight_decay: float
+
+
+ESS = functools.partial(Rule, automatic=True)
+RARE = {
+    "SGD": (Rule(math.inf),),
+    "fixed λ": (Rule(1.0), Rule(5.0), Rule(20.0)),
+    "ESS 0.5": (ESS(0.5),),
+    "ESS 0.9": (ESS(0.9),),
+    "ESS 0.9, later": (ESS(0.9, 0.5),),
+    "ESS 0.99": (ESS(0.99),),
+    "ESS 0.9, lift 1.25": (ESS(0.9, lift=1.25),),
+}
+WRONG = {
+    "SGD": (Rule(math.inf),),
+    "fixed λ": (Rule(-0.5), Rule(-1.0), Rule(-2.0), Rule(-1.0, 0.2)),
+    "ESS 0.8": (ESS(-0.8, 0.2),),
+    "ESS 0.6": (ESS(-0.6, 0.2),),
+    "ESS 0.8, within": (ESS(-0.8, 0.2, within=True),),
+    "ESS 0.6, within": (ESS(-0.6, 0.2, within=True),),
+}
+LOSSES = {
+    "cross-entropy": lambda z, y, fold: optax.softmax_cross_entropy_with_integer_labels(z, y),
+    "class-balanced": lambda z, y, fold: fold.weight[y] * LOSSES["cross-entropy"](z, y, fold),
+    "balanced softmax": lambda z, y, fold: losses.balanced_softmax(z, y, class_counts=fold.counts),
+    "focal": lambda z, y, fold: losses.focal(z, y),
+    "ARB-Loss": lambda z, y, fold: losses.arb(z, y),
+    "GCE": lambda z, y, fold: losses.generalized_cross_entropy(z, y),
+}
+OF_RARE = tuple(LOSSES)[:5]
+OF_WRONG = ("cross-entropy", "balanced softmax", "GCE")
+
+
+def is_table(text: str) -> bool:
+    name, *share = text.split(":")
+    try:
+        return name != "" and len(share) < 2 and all(0 < float(x) <= 1 for x in share)
+    except ValueError:
+        return False
+
+
+TABLE = Must("be a name, or one and a share in (0, 1], such as wine or wine:0.2", is_table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(config.Config):
+    """Tables, and what to choose from."""
+
+    out: pathlib.Path = pathlib.Path("out/tabular")  # folder to write to
+    data_dir: pathlib.Path | None = None  # folder with files of KEEL, at any depth
+    # tables with rare classes; two at least
+    tables: Annotated[tuple[str, ...], TABLE] = (
+        *("breast_cancer:0.1", "wine:0.2", "iris:0.2", "digits-8"),
+    )
+    # tables some of whose training labels are flipped; two at least
+    flipped_tables: Annotated[tuple[str, ...], TABLE] = ("breast_cancer", "wine")
+    flips: Annotated[tuple[float, ...], BELOW_1] = (0.4,)  # shares of each class
+    folds: Annotated[int, FROM_2] = 5  # of a cross-validation
+    shuffles: Annotated[int, FROM_1] = 1  # number of cross-validations
+    splits: Annotated[int, FROM_1] = 1  # number of parts held out from a fold, for the search
+    validation: Annotated[float, INSIDE] = 0.25  # share of each
+    steps: Annotated[int, FROM_1] = 300  # of a run
+    batch_size: Annotated[int, FROM_1] = 32  # examples a step
+    hidden: Annotated[tuple[int, ...], FROM_1] = (32, 32)  # widths of the hidden layers
+    # to choose from
+    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01, 0.03, 0.1, 0.3)
+    weight_decays: Annotated[tuple[float, ...], NOT_NEGATIVE] = (1e-4, 1e-2)
+
+
+class Table(NamedTuple):
+    x: np.ndarray  # [N, D], float32
+    y: np.ndarray  # [N], int32: 0 is the most frequent class
+
+
+class Fold(NamedTuple):
+    """What a run is trained and evaluated on; several have a leading axis."""
+
+    batches: Any  # [steps, n], int32: rows of the table
+    labels: Any  # [N], int32: of the table, some of them flipped
+    evaluation: Any  # [E], int32: rows; the last ones are filled up with the first
+    size: Any  # of the evaluation without those
+    mean: Any  # [D]: of the training examples
+    std: Any  # [D]
+    counts: Any  # [C]: of the training examples
+    weight: Any  # [C]: of a class, with mean 1 over the training examples
+
+
+class Run(NamedTuple):
+    """What the runs of a program differ in: every leaf has a leading axis over runs."""
+
+    fold: Any
+    loss: Any
+    learning_rate: Any
+    weight_decay: Any
+    number: Any
+    begin: Any
+    within: Any
+
+
+def load(text: str, data_dir: pathlib.Path | None) -> Table:
+    """The table of that name, unthinned."""
+    name = text.partition(":")[0]
+    ours, _, one = name.partition("-")
+    if ours in SKLEARN and (one.isdecimal() or not one):
+        x, y = getattr(datasets, f"load_{ours}")(return_X_y=True)
+        y = y == int(one) if one else y
+    else:
+        found = sorted(data_dir.rglob(f"{name}.dat")) if data_dir else []
+        if not found:
+            raise FileNotFoundError(
+                f"--tables must be of {', '.join(SKLEARN)}, or files of KEEL in --data-dir, "
+                f"got {name}, and {data_dir or 'no folder'} has no {name}.dat"
+            )
+        x, y = read_keel(found[0])
+    _, inverse, sizes = np.unique(y, return_inverse=True, return_counts=True)
+    rank = np.argsort(np.argsort(-sizes, stable=True))
+    return Table(np.float32(x), np.int32(rank[inverse]))
+
+
+def read_keel(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Features and classes of a file of KEEL; a class is its last column.
+
+    A nominal feature becomes one of 0 and 1 a value. Rows that lack a value are left out.
+    """
+    lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    kinds = [line for line in lines if line.lower().startswith("@attribute")]
+    rows = [[cell.strip() for cell in x.split(",")] for x in lines if x[0] not in "@%"]
+    rows = [row for row in rows if not {"?", "<null>", ""} & {*row}]
+    try:
+        *columns, y = zip(*rows, strict=True)
+        features = [
+            np.array(column)[:, None] == np.unique(column) if "{" in kind
+            else np.array(column, float)[:, None]
+            for column, kind in zip(columns, kinds[:-1], strict=True)
+        ]  # fmt: skip
+        return np.concatenate(features, axis=1, dtype=float), np.array(y)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, or not a table of KEEL ({error})") from None
+
+
+def make_folds(c: Config, text: str, table: Table, flip: float) -> tuple[Fold, int]:
+    """Those of the search, and behind them those that are reported; and how many are of a fold."""
+    classes, share = int(table.y.max()) + 1, float(text.partition(":")[2] or 0)
+    if min(class_counts(table.y, classes)) < c.folds:
+        raise ValueError(f"{text} must have {c.folds} examples of every class: lower --folds")
+    searched, reported = [], []
+    for shuffle in range(c.shuffles):
+        kfold = StratifiedKFold(c.folds, shuffle=True, random_state=shuffle)
+        for k, (train, test) in enumerate(kfold.split(table.x, table.y)):
+            seed, labels = shuffle * c.folds + k, table.y.copy()
+            if share:
+                most = max(class_counts(table.y[train], classes))
+                thin = dict(imbalance_factor=share, max_count=most, seed=seed)
+                train = train[long_tailed_indices(table.y[train], **thin)]
+            labels[train], _ = flip_labels(table.y[train], flip, num_classes=classes, seed=seed)
+            for split in range(SEARCH_SEED, SEARCH_SEED + c.splits):
+                part, held_out = hold_out(c, text, labels, train, split)
+                searched.append(make_fold(c, table, labels, part, held_out, split))
+            reported.append(make_fold(c, table, labels, train, test, seed))
+    folds = searched + reported
+    longest = max(fold.size for fold in folds)
+    folds = [f._replace(evaluation=np.resize(f.evaluation, longest)) for f in folds]
+    return Fold(*map(np.stack, zip(*folds, strict=True))), len(searched)
+
+
+def hold_out(
+    c: Config, text: str, labels: np.ndarray, train: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What is left of the examples, and a share of every class."""
+    order = np.random.default_rng(seed).permutation(train)
+    groups = [order[labels[order] == k] for k in range(labels.max() + 1)]
+    cuts = [max(1, round(c.validation * len(group))) for group in groups]
+    if any(cut >= len(group) for cut, group in zip(cuts, groups, strict=True)):
+        got = f"{c.validation}, and {min(map(len, groups))} examples of one"
+        raise ValueError(f"--validation must leave some of every class of {text}, got {got}")
+    parts = zip(groups, cuts, strict=True)
+    left, held = zip(*((group[cut:], group[:cut]) for group, cut in parts), strict=True)
+    return np.concatenate(left), np.concatenate(held)
+
+
+def make_fold(
+    c: Config, table: Table, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
+) -> Fold:
+    """All training examples come once before one comes again."""
+    if c.batch_size > len(train):
+        raise ValueError(f"--batch-size must not exceed the {len(train)} training examples")
+    rng, needed = np.random.default_rng(seed), c.steps * c.batch_size
+    orders = [rng.permutation(train) for _ in range(-(-needed // len(train)))]
+    counts = class_counts(labels[train], int(table.y.max()) + 1)
+    weight = np.asarray(losses.class_balanced_weights(counts))
+    std = table.x[train].std(axis=0)
+    return Fold(
+        np.int32(np.concatenate(orders)[:needed].reshape(c.steps, c.batch_size)),
+        labels,
+        np.int32(test),
+        np.int32(len(test)),
+        table.x[train].mean(axis=0),
+        np.where(std > 0, std, 1),
+        np.float32(counts),
+        weight / np.average(weight, weights=counts),
+    )
+
+
+def lifted(rule: Rule, rarest: float) -> float:
+    """λ, or the target of an automatic one, by the share of the rarest class.
+
+    An effective sample size F lets a share f gain 1 + √((1 / F - 1) (1 - f) / f) times its weight.
+    """
+    if not rule.automatic or rule.lift == math.inf:
+        return rule.number
+    bounded = 1 / (1 + (rule.lift - 1) ** 2 * rarest / (1 - rarest))
+    return math.copysign(max(abs(rule.number), bounded), rule.number)
+
+
+def predict(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
+    """Logits."""
+    *hidden, (kernel, bias) = params
+    for w, b in hidden:
+        x = jax.nn.relu(x @ w + b)
+    return x @ kernel + bias
+
+
+def levels(each: jax.Array, y: jax.Array, classes: int, lam: jax.Array) -> jax.Array:
+    """Of each class λ log mean exp(l / λ): less it, a class has the weight of its size."""
+    return jnp.stack([robust_loss(each, lam, where=y == k) for k in range(classes)])
+
+
+def train_one(
+    c: Config, classes: int, automatic: bool, x: jax.Array, folds: Fold, run: Run
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of the evaluation, and whether all losses were finite."""
+    fold = jax.tree.map(lambda leaf: leaf[run.fold], folds)
+    init_value = jnp.copysign(jnp.inf, run.number)
+    tuned = target_ess(abs(run.number), init_value=init_value) if automatic else run.number
+    tx = absgd(
+        optax.cosine_decay_schedule(run.learning_rate, c.steps),
+        two_stage(tuned, run.begin),
+        weight_decay=run.weight_decay,
+    )
+    shapes = list(itertools.pairwise((x.shape[1], *c.hidden, classes)))
+    keys = jax.random.split(jax.random.key(run.fold), len(shapes))
+    kernels = map(jax.nn.initializers.he_normal(), keys, shapes)
+    params = [(kernel, jnp.zeros(kernel.shape[1])) for kernel in kernels]
+
+    def logits(params, index):
+        return predict(params, (x[index] - fold.mean) / fold.std)
+
+    def step(carry, index):
+        params, opt_state = carry
+
+        def loss_fn(params):
+            z, y = logits(params, index), fold.labels[index]
+            each = jnp.stack([loss(z, y, fold) for loss in LOSSES.values()])[run.loss]
+            level = levels(jax.lax.stop_gradient(each), y, classes, get_temperature(opt_state))
+            each = each - jnp.where(run.within, level[y], 0)
+            return tilt(each, opt_state).mean(), each
+
+        (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, losses=each)
+        return (optax.apply_updates(params, updates), opt_state), jnp.isfinite(each).all()
+
+    (params, _), finite = jax.lax.scan(step, (params, tx.init(params)), fold.batches)
+    return logits(params, fold.evaluation), finite.all()
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def train(c: Config, classes: int, automatic: bool, x: jax.Array, folds: Fold, runs: Run):
+    return jax.vmap(functools.partial(train_one, c, classes, automatic, x, folds))(runs)
+
+
+def measure(z: np.ndarray, y: np.ndarray, finite: bool) -> dict[str, Any]:
+    """What one run did, in percent."""
+    z = np.nan_to_num(z.astype(float), posinf=0, neginf=0)
+    classes, guess = z.shape[1], z.argmax(axis=1)
+    recalls = [(guess[y == k] == k).mean() for k in range(classes)]
+    # Of two classes that of the rare one, otherwise the mean over one against the rest.
+    precisions = [
+        average_precision_score(y == k, z[:, k] - np.logaddexp.reduce(np.delete(z, k, 1), axis=1))
+        for k in range(1 if classes == 2 else 0, classes)
+    ]
+    return {
+        "balanced": 100 * np.mean(recalls),
+        "precision": 100 * np.mean(precisions),
+        "worst": 100 * min(recalls),
+        "near_guess": int(not finite or np.mean(recalls) < near_guess(classes)),
+        "one_class": int(len(np.unique(guess)) == 1),
+    }
+
+
+def evaluate(
+    c: Config, table: Table, folds: Fold, jobs: list[tuple[Setting, int]]
+) -> list[dict[str, Any]]:
+    """What becomes of each pair of a setting and a fold."""
+    found: dict[int, dict[str, Any]] = {}
+    share = folds.counts.min(axis=1) / folds.counts.sum(axis=1)
+    for automatic in (False, True):
+        numbers = [i for i, (s, _) in enumerate(jobs) if s.rule.automatic == automatic]
+        runs = [
+            Run(
+                *(np.int32(fold), np.int32(tuple(LOSSES).index(s.loss))),
+                *(np.float32(s.learning_rate), np.float32(s.weight_decay)),
+                np.float32(lifted(s.rule, share[fold])),
+                np.int32(round(s.rule.begin * c.steps)),
+                s.rule.within,
+            )
+            for s, fold in (jobs[i] for i in numbers)
+        ]
+        for at in range(0, len(runs), AT_ONCE):
+            part = runs[at : at + AT_ONCE]
+            filled = Run(*map(np.stack, zip(*part, strict=True)))
+            filled = jax.tree.map(lambda leaf: np.resize(leaf, AT_ONCE), filled)
+            classes = folds.counts.shape[1]
+            trained = jax.device_get(train(c, classes, automatic, table.x, folds, filled))
+            for i, z, finite in zip(numbers[at : at + AT_ONCE], *trained, strict=False):
+                fold = jobs[i][1]
+                rows = folds.evaluation[fold][: folds.size[fold]]
+                found[i] = measure(z[: len(rows)], folds.labels[fold][rows], bool(finite))
+    return [found[i] for i in range(len(jobs))]
+
+
+def search(c: Config, text: str, flip: float) -> dict[str, dict[str, Any]]:
+    """What becomes of each loss and method in the setting that was chosen for each fold."""
+    table = load(text, c.data_dir)
+    folds, searched = make_folds(c, text, table, flip)
+    reported = c.folds * c.shuffles
+    counts = folds.counts[searched:]
+    share = np.mean(counts.min(axis=1) / counts.sum(axis=1))
+    methods, names = (WRONG, OF_WRONG) if flip else (RARE, OF_RARE)
+    grids = {
+        f"{loss}, {method}": [
+            Setting(loss, method, *choice)
+            for choice in itertools.product(rules, c.learning_rates, c.weight_decays)
+        ]
+        for loss, (method, rules) in itertools.product(names, methods.items())
+    }
+    settings = list(itertools.chain(*grids.values()))
+    runs = evaluate(c, table, folds, list(itertools.product(settings, range(searched))))
+    score = np.reshape([[r["balanced"], r["precision"]] for r in runs], (-1, reported, c.splits, 2))
+    score = dict(zip(settings, score.mean(axis=2), strict=True))
+    # The average precision decides between equals.
+    chosen = {
+        name: [max(grid, key=lambda s: tuple(score[s][k])) for k in range(reported)]
+        for name, grid in grids.items()
+    }
+    jobs = [(s, searched + k) for picked in chosen.values() for k, s in enumerate(picked)]
+    runs = evaluate(c, table, folds, jobs)
+    records = {}
+    for i, (name, grid) in enumerate(grids.items()):
+        of_folds = runs[i * reported : (i + 1) * reported]
+        records[f"{text}, {flip:g}, {name}"] = {
+            **{"table": text, "share": share, "flipped": flip},
+            **{"loss": grid[0].loss, "method": grid[0].method},
+            **{key: [run[key] for run in of_folds] for key in of_folds[0]},
+            "chosen": [[*s.rule[:2], s.learning_rate, s.weight_decay] for s in chosen[name]],
+        }
+    return records
+
+
+def of_tables(records: list[dict[str, Any]], measure: str) -> np.ndarray:
+    """The mean over folds of every table."""
+    return np.array([np.mean(record[measure]) for record in records])
+
+
+def summary(results: list[dict[str, Any]]) -> str:
+    """Means over tables; of the difference from SGD, paired by table, ± the standard error."""
+    figures = [(name, "over SGD") for name in ("balanced accuracy", "average precision", "worst")]
+    rows = [
+        ("flipped", "loss", "method", *itertools.chain(*figures), "next to a guess", "one class")
+    ]
+    for (flip, loss, method), found in grouped(results, "flipped", "loss", "method").items():
+        if method == "SGD":
+            plain = found
+        row = [f"{flip:g}", loss, method]
+        for name in ("balanced", "precision", "worst"):
+            x, y = of_tables(found, name), of_tables(plain, name)
+            row += [f"{x.mean():.1f}", "" if found is plain else report.difference(x, y)]
+        for name in ("near_guess", "one_class"):
+            runs = np.concatenate([record[name] for record in found])
+            row.append(f"{runs.sum()} of {len(runs)}")
+        rows.append(tuple(row))
+    return report.markdown(rows)
+
+
+def by_table(results: list[dict[str, Any]]) -> str:
+    """Balanced accuracy with SGD, over folds, and the mean difference from it of each method."""
+    parts = []
+    for flipped in (False, True):
+        methods = tuple(WRONG if flipped else RARE)
+        rows = [("table", "flipped", "share", "loss", *methods)]
+        chosen = [r for r in results if bool(r["flipped"]) == flipped]
+        for (text, flip, loss), found in grouped(chosen, "table", "flipped", "loss").items():
+            plain, *others = (np.array(record["balanced"]) for record in found)
+            cells = [f"{np.mean(x - plain):+.1f}" for x in others]
+            share = f"{100 * found[0]['share']:.1f} %"
+            row = (text, f"{flip:g}", share, loss, report.mean_std(plain, ".1f"), *cells)
+            rows.append(row)
+        parts += [report.markdown(rows)] if len(rows) > 1 else []
+    return "\n\n".join(parts)
+
+
+def grouped(
+    results: list[dict[str, Any]], *keys: str
+) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
+    """The records that agree in the keys."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in results:
+        groups.setdefault(tuple(record[key] for key in keys), []).append(record)
+    return groups
+
+
+def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """The difference from SGD over the share of the rarest class: a dot a table."""
+    shown = {"ESS 0.5": "C1", "ESS 0.9": "C0", "ESS 0.9, lift 1.25": "C2"}
+    panels = {loss: [r for r in results if r["loss"] == loss] for loss in OF_RARE}
+    size = 1 + 2.4 * len(panels), 3.2
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    for panel, (loss, records) in zip(axes, panels.items(), strict=True):
+        groups = grouped([r for r in records if not r["flipped"]], "method")
+        plain = groups["SGD",]
+        share = 100 * np.array([record["share"] for record in plain])
+        for method, color in shown.items():
+            gain = of_tables(groups[method,], "balanced") - of_tables(plain, "balanced")
+            panel.scatter(share, gain, 14, color, linewidths=0, alpha=0.8, label=method)
+        panel.axhline(0, color="black", lw=0.6)
+        panel.set_xscale("log")
+        panel.set_xticks([2, 5, 10, 20, 40], ["2", "5", "10", "20", "40"])
+        panel.minorticks_off()
+        panel.set_title(loss, fontsize="medium")
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.3)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper center", ncols=len(shown), frameon=False)
+    figure.supxlabel("training examples of the rarest class, %", fontsize="medium")
+    figure.supylabel("balanced accuracy over SGD, points", fontsize="medium")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    c = config.read(Config, __doc__)
+    if len(c.tables) < 2 or len(c.flipped_tables) < 2:
+        config.fail("--tables and --flipped-tables must be two at least")
+    parts = [(text, 0.0) for text in c.tables]
+    parts += [(text, flip) for text in c.flipped_tables for flip in c.flips if flip]
+    with config.refusing():
+        for text, flip in parts:
+            make_folds(c, text, load(text, c.data_dir), flip)
+    results: dict[str, dict[str, Any]] = {}
+    with report.folder(c):
+        for text, flip in tqdm(parts, unit="table"):
+            results |= search(c, text, flip)
+        records = list(results.values())
+        short = summary(records)
+        report.write(c.out, results, short, by_table(records))
+        plot(records, c.out / "tabular.png")
+    print(short)
+
+
+if __name__ == "__main__":
+    main()
