@@ -158,7 +158,8 @@ def target_ess(
     which at 0.9 is 3.1 for f = 2.5 % and 1.6 for f = 25 %. So the rarer a class, the more a given
     fraction can add to what a loss that knows the class sizes does for it: there begin near 1, and
     validate. At :math:`\lambda < 0` it is the hard examples that lose weight, whether their labels
-    are wrong or not; of two classes one may be lost whole.
+    are wrong or not; of two classes one may be lost whole, unless each loss is taken less the
+    :func:`robust_loss` of its class at λ, under ``stop_gradient``.
 
     Args:
       fraction: Target of ESS, in (0, 1), as a share of the batch: near 1 the examples have almost
