@@ -105,7 +105,7 @@ class Config(BaseConfig):
     evaluated: Annotated[int, FROM_1] = 100  # scenes to evaluate on
     objects: Annotated[int, FROM_1] = 10  # in a scene
     imbalance: Annotated[float, ABOVE_0] = 0.01  # objects of the rarest class / most frequent
-    methods: tuple[Literal[*LOSSES], ...] = ("cross-entropy", "balanced-softmax", "arb")  # losses
+    methods: tuple[Literal[*LOSSES], ...] = ("cross-entropy", "arb")  # losses
     epochs: Annotated[int, FROM_1] = 12  # passes over the scenes
     batch_size: Annotated[int, FROM_1] = 4  # scenes a step
     seeds: Annotated[int, FROM_2] = 5  # number of seeds that are reported
@@ -113,8 +113,8 @@ class Config(BaseConfig):
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01)  # to choose from
     # of pixels, to choose from, as in benchmarks.longtail: 5 for λ = 5, ess0.9 for one that tunes
     # itself
-    pixel_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("5", "ess0.9")
-    scene_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("1", "ess0.9")  # of scenes
+    pixel_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("ess0.9",)
+    scene_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("2",)  # of scenes
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -274,6 +274,7 @@ def test_training(tmp_path, monkeypatch):
         for lam in ("inf", "inf", "1e9")
     )
     np.testing.assert_array_equal(plain["confusion"], again["confusion"])
-    np.testing.assert_allclose(plain["mean_loss"], flat["mean_loss"], rtol=1e-3)
+    # Not closer, as the first weights of a moving average are too large, as published.
+    np.testing.assert_allclose(plain["mean_loss"], flat["mean_loss"], rtol=5e-3)
     assert plain["mean_loss"][-1] < 0.75 * plain["mean_loss"][0]
     assert segmentation.measure(plain, drawn.counts)["background"] > 80
