@@ -1,5 +1,6 @@
 """Scenes are as is said, measures and weights are NumPy's, and the table is the results."""
 
+import dataclasses
 import sys
 
 import jax
@@ -264,17 +265,19 @@ def test_bad_input(start, options, message, capsys):
 
 
 @pytest.mark.slow
-def test_training(tmp_path, monkeypatch):
-    """Learns, the same every time, and neither λ = 1e9 nor pixels without a label change it."""
-    config = Config(scenes=32, evaluated=10, epochs=8, imbalance=1.0)
+def test_training():
+    """Learns, the same every time, and at λ = 1e9 as without one."""
+    config = Config(scenes=32, evaluated=10, epochs=4, imbalance=1.0)
     splits = segmentation.datasets.load("digits")
     drawn = segmentation.draw(config, *splits, seed=0)
-    plain, again, flat = (
-        segmentation.train(config, Setting("cross-entropy", "pixel", lam, 0.01), 0, drawn)
-        for lam in ("inf", "inf", "1e9")
-    )
+
+    def train(lam, epochs):
+        setting = Setting("cross-entropy", "pixel", lam, 0.01)
+        return segmentation.train(dataclasses.replace(config, epochs=epochs), setting, 0, drawn)
+
+    plain, again, flat = (train(lam, 4) for lam in ("inf", "inf", "1e9"))
     np.testing.assert_array_equal(plain["confusion"], again["confusion"])
     # Not closer, as the first weights of a moving average are too large, as published.
     np.testing.assert_allclose(plain["mean_loss"], flat["mean_loss"], rtol=5e-3)
-    assert plain["mean_loss"][-1] < 0.75 * plain["mean_loss"][0]
-    assert segmentation.measure(plain, drawn.counts)["background"] > 80
+    # Of the pixels 74 % are of the background.
+    assert segmentation.measure(train("inf", 64), drawn.counts)["background"] > 88
