@@ -163,6 +163,18 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from None
 
 
+def load_finished(path: pathlib.Path, started: str) -> dict[str, np.ndarray]:
+    """What ``save_finished`` has left there of the run that was started then, or nothing."""
+    found = load_arrays(path) if path.exists() else {}
+    return found if str(found.pop("started", "")) == started else {}
+
+
+def save_finished(path: pathlib.Path, started: str, arrays: dict[str, np.ndarray]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as file:
+        np.savez(file, started=started, **arrays)
+
+
 def save(path: pathlib.Path, content: dict[str, Any]) -> None:
     """JSON with an entry a line."""
     lines = [f"{json.dumps(k)}: {json.dumps(v)}" for k, v in jsonable(content).items()]

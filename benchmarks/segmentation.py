@@ -394,12 +394,10 @@ def run(
     for seed in seeds:
         name = "-".join(map(str, (*setting, seed))).replace(":", "+")
         path, drawn = c.out / "runs" / f"{name}.npz", draw(seed)
-        found = report.load_arrays(path) if path.exists() else {}
-        if str(found.pop("started", "")) != started:
+        found = report.load_finished(path, started)
+        if not found:
             found = train(c, setting, seed, drawn)
-            path.parent.mkdir(exist_ok=True)
-            with report.replacing(path) as file:
-                np.savez(file, started=started, **found)
+            report.save_finished(path, started, found)
         runs.append(measure(found, drawn.counts))
         bar.update()
     return {k: np.array([r[k] for r in runs]) for k in runs[0]}

@@ -394,8 +394,7 @@ def train(
         done = config.out / "runs" / f"{name}-{i}.npz"
         folder = config.out / "checkpoints" / done.stem
         bar.set_description(done.stem)
-        found = report.load_arrays(done) if done.exists() else {}
-        if found and str(found.pop("started", "")) == started:
+        if found := report.load_finished(done, started):
             bar.update(config.epochs)
         else:
             if folder.exists() and not config.resume:
@@ -406,9 +405,7 @@ def train(
             with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
                 found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
             if jax.process_index() == 0:
-                done.parent.mkdir(exist_ok=True)
-                with report.replacing(done) as file:
-                    np.savez(file, started=started, **found)
+                report.save_finished(done, started, found)
         parts.append(Trained(found, found.pop("losses")))
         if jax.process_index() == 0 and folder.exists():
             shutil.rmtree(folder)
