@@ -387,10 +387,10 @@ def evaluate(
     return [found[i] for i in range(len(jobs))]
 
 
-def search(c: Config, text: str, flip: float) -> dict[str, dict[str, Any]]:
+def search(
+    c: Config, text: str, flip: float, table: Table, folds: Fold, searched: int
+) -> dict[str, dict[str, Any]]:
     """What becomes of each loss and method in the setting that was chosen for each fold."""
-    table = load(text, c.data_dir)
-    folds, searched = make_folds(c, text, table, flip)
     reported = c.folds * c.shuffles
     counts = folds.counts[searched:]
     share = np.mean(counts.min(axis=1) / counts.sum(axis=1))
@@ -511,13 +511,15 @@ def main() -> None:
         config.fail("--tables and --flipped-tables must be two at least")
     parts = [(text, 0.0) for text in c.tables]
     parts += [(text, flip) for text in c.flipped_tables for flip in c.flips if flip]
+    jobs = []
     with config.refusing():
         for text, flip in parts:
-            make_folds(c, text, load(text, c.data_dir), flip)
+            table = load(text, c.data_dir)
+            jobs.append((text, flip, table, *make_folds(c, text, table, flip)))
     results: dict[str, dict[str, Any]] = {}
     with report.folder(c):
-        for text, flip in tqdm(parts, unit="table"):
-            results |= search(c, text, flip)
+        for job in tqdm(jobs, unit="table"):
+            results |= search(c, *job)
         records = list(results.values())
         short = summary(records)
         report.write(c.out, results, short, by_table(records))
