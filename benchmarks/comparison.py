@@ -26,7 +26,17 @@ from tqdm import tqdm
 from absgd_jax.data import class_counts
 from benchmarks import config as configuration
 from benchmarks import datasets, report, training
-from benchmarks.config import fail, FROM_0, FROM_1, FROM_2, INSIDE, Must, POSITIVE, refusing
+from benchmarks.config import (
+    fail,
+    FROM_0,
+    FROM_1,
+    FROM_2,
+    INSIDE,
+    Must,
+    POSITIVE,
+    readable,
+    refusing,
+)
 from benchmarks.datasets import Split
 from benchmarks.training import Examples, Images, Run, Task, Trained
 
@@ -38,6 +48,7 @@ from matplotlib.lines import Line2D
 
 SEARCH_SEED = 1000  # the first seed of the search; those that are reported start from 0
 SGD = "inf"
+CLEAN = 10  # examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
 PAPERS = {
     "model": "resnet32",
@@ -80,11 +91,9 @@ def stages(temperature: str) -> list[tuple[float, float]]:
     ]
 
 
+@readable
 def is_temperature(text: str) -> bool:
-    try:
-        starts, values = zip(*stages(text), strict=True)
-    except ValueError:
-        return False
+    starts, values = zip(*stages(text), strict=True)
     sizes = [abs(value) for value in values]
     sound = 0 < sizes[0] < 1 and len(sizes) == 1 if is_automatic(text) else min(sizes) > 0
     return sound and list(starts) == sorted(starts) and starts[0] >= 0 and starts[-1] < 1
@@ -162,6 +171,11 @@ def load(config: Config) -> tuple[Split, Split]:
         fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
     with refusing():
         return datasets.load(config.dataset, config.data_dir)
+
+
+def some_of_each(index: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The first indices of every class: for methods that have to be told."""
+    return np.concatenate([index[labels == c][:CLEAN] for c in np.unique(labels)])
 
 
 def on_device(config: Config, train: Split, test: Split) -> Images:

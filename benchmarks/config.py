@@ -9,6 +9,7 @@ One that is named ``out`` is the folder that the benchmark writes to.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import sys
@@ -24,6 +25,19 @@ class Must(NamedTuple):
 
     text: str
     holds: Callable[[Any], bool]
+
+
+def readable(check: Callable[[str], bool]) -> Callable[[str], bool]:
+    """The check of a text, which one that can't be read doesn't pass."""
+
+    @functools.wraps(check)
+    def holds(text: str) -> bool:
+        try:
+            return check(text)
+        except (KeyError, TypeError, ValueError):  # no such name, a part too many, not a number
+            return False
+
+    return holds
 
 
 FROM_0, FROM_1, FROM_2 = (

@@ -30,7 +30,6 @@ from benchmarks.config import ABOVE_0, FROM_2, NOT_NEGATIVE
 from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
-CLEAN = 10  # examples of a class, for methods that have to be told
 RARE = 0.3  # share of the classes that are "few", and "many"
 
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -83,10 +82,7 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/longtail")  # folder to write to
     # such as cross_entropy, balanced_softmax:1.25 or cross_entropy+mixup
-    methods: Annotated[tuple[str, ...], METHOD] = (
-        "cross_entropy",
-        "balanced_softmax",
-    )
+    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "balanced_softmax")
     baselines: Annotated[tuple[str, ...], METHOD] = ()  # the same, with SGD alone
     seeds: Annotated[int, FROM_2] = 10  # number of seeds that are reported
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
@@ -110,7 +106,7 @@ def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation:
             pool = np.concatenate([members[size:] for members in by_class])
         kept = pool[long_tailed_indices(labels[pool], imbalance, seed=rng)]
         order = np.concatenate([np.setdiff1d(pool, kept), kept])  # those that are left first
-        clean = np.concatenate([order[labels[order] == c][:CLEAN] for c in range(classes)])
+        clean = comparison.some_of_each(order, labels[order])
         return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out, clean))
 
     return draw

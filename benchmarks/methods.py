@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import meta
-from benchmarks.config import Must
+from benchmarks.config import Must, readable
 
 # Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
 # examples, and whether the second stage of training has begun.
@@ -31,9 +31,8 @@ TARGET_DECAY = 0.7  # of the moving average that elr keeps of an example's predi
 class Parts(NamedTuple):
     """What a step is put together from."""
 
-    logits: Callable[
-        [Any, jax.Array], tuple[jax.Array, Any]
-    ]  # of params and images; and statistics
+    # Of parameters and images; beside them statistics.
+    logits: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # of each example, by logits and labels
     mean: Callable[[jax.Array], jax.Array]  # of the losses, in ABSGD's weights
 
@@ -167,11 +166,9 @@ def parse(text: str, losses: Losses) -> Method:
 def must_be_method(losses: Losses) -> Must:
     """What a flag that names a method has to be."""
 
+    @readable
     def holds(text: str) -> bool:
-        try:
-            return bool(parse(text, losses))
-        except (KeyError, TypeError, ValueError):  # no such name, a knob too many, not a number
-            return False
+        return bool(parse(text, losses))
 
     ways = ", ".join(filter(None, WAYS))
     return Must(f"be LOSS[:KNOB][+WAY[:KNOB]] of {', '.join(losses)}; and of {ways}", holds)

@@ -29,11 +29,10 @@ from absgd_jax import losses
 from absgd_jax.data import flip_labels
 from benchmarks import comparison, report
 from benchmarks.comparison import Draw, Result, TEMPERATURE
-from benchmarks.config import FROM_1, Must, POSITIVE
+from benchmarks.config import FROM_1, Must, POSITIVE, readable
 from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
-CLEAN = 10  # examples of a class, for methods that have to be told
 KINDS = ("symmetric", "asymmetric", "instance")
 SPREAD = 0.1  # of the rates of instance-dependent noise
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
@@ -87,12 +86,10 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 METHOD = must_be_method(LOSSES)
 
 
+@readable
 def is_noise(text: str) -> bool:
     kind, _, rate = text.partition(":")
-    try:
-        return kind in KINDS and 0 < float(rate) < 1
-    except ValueError:
-        return False
+    return kind in KINDS and 0 < float(rate) < 1
 
 
 NOISE = Must(
@@ -172,8 +169,7 @@ def make_draw(
             labels, wrong = instance_labels(images[index], train[index], float(rate), classes, rng)
         noisy = Examples(index, labels, wrong.astype(np.int32))
         held_out = round(validation * len(index)) if search else 0
-        told = [index[held_out:][train[index[held_out:]] == c][:CLEAN] for c in range(classes)]
-        told = np.concatenate(told)
+        told = comparison.some_of_each(index[held_out:], train[index[held_out:]])
         told = Examples(told, train[told], np.zeros_like(told))
         if search:
             split = (

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, target_ess, tilt, two_stage
 from benchmarks import comparison, config, datasets, models, report
-from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, FROM_2, INSIDE, Must, POSITIVE
+from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, FROM_2, INSIDE, Must, POSITIVE, readable
 from benchmarks.longtail import cvar_terms
 from benchmarks.training import EVALUATED_AT_ONCE, Examples, Images
 
@@ -59,12 +59,10 @@ SPLITS = ("validation", "test", "train")
 RULES = ("accuracy", "mean over subclasses")  # of the validation split
 
 
+@readable
 def is_regime(text: str) -> bool:
     model, _, decay = text.partition(":")
-    try:
-        return model in ("linear", "mlp") and 0 <= float(decay) < np.inf
-    except ValueError:
-        return False
+    return model in ("linear", "mlp") and 0 <= float(decay) < np.inf
 
 
 REGIME = Must("be linear or mlp and a weight decay, such as mlp:2e-4", is_regime)

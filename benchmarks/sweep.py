@@ -37,10 +37,7 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/sweep")  # folder to write to
     # as in benchmarks.longtail, and with --noise as in benchmarks.noise
-    methods: Annotated[tuple[str, ...], METHOD] = (
-        "cross_entropy",
-        "balanced_softmax",
-    )
+    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "balanced_softmax")
     seeds: Annotated[int, FROM_2] = 2  # number of seeds
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.1,)  # peaks
     # as in benchmarks.longtail

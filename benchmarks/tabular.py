@@ -41,7 +41,16 @@ from absgd_jax import absgd, get_temperature, losses, robust_loss, target_ess, t
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
 from benchmarks import config, report
 from benchmarks.comparison import near_guess, SEARCH_SEED
-from benchmarks.config import BELOW_1, FROM_1, FROM_2, INSIDE, Must, NOT_NEGATIVE, POSITIVE
+from benchmarks.config import (
+    BELOW_1,
+    FROM_1,
+    FROM_2,
+    INSIDE,
+    Must,
+    NOT_NEGATIVE,
+    POSITIVE,
+    readable,
+)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -100,12 +109,10 @@ OF_RARE = tuple(LOSSES)[:5]
 OF_WRONG = ("cross-entropy", "balanced softmax", "GCE")
 
 
+@readable
 def is_table(text: str) -> bool:
     name, *share = text.split(":")
-    try:
-        return name != "" and len(share) < 2 and all(0 < float(x) <= 1 for x in share)
-    except ValueError:
-        return False
+    return name != "" and len(share) < 2 and all(0 < float(x) <= 1 for x in share)
 
 
 TABLE = Must("be a name, or one and a share in (0, 1], such as wine or wine:0.2", is_table)
