@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from benchmarks import comparison, longtail, noise, report
 from benchmarks.comparison import Draw, Result, TEMPERATURE, Train
 from benchmarks.config import FROM_1, POSITIVE
+from benchmarks.datasets import Split
 from benchmarks.methods import Losses, parse
 from benchmarks.training import Images, Task
 
@@ -59,10 +60,9 @@ class Part(NamedTuple):
     temperatures: dict[str, tuple[str, ...]]  # of ABSGD, by loss
 
 
-def make_parts(config: Config, train: np.ndarray, test: np.ndarray) -> tuple[Part, Part]:
-    """Of the labels of both splits."""
+def make_parts(config: Config, train: Split, test: Split) -> tuple[Part, Part]:
     negative, positive = ((lam,) for lam in config.temperatures)
-    classes = int(train.max()) + 1
+    labels, classes = (train.labels, test.labels), int(train.labels.max()) + 1
     return (
         Part(
             "wrong labels",
@@ -73,7 +73,7 @@ def make_parts(config: Config, train: np.ndarray, test: np.ndarray) -> tuple[Par
         ),
         Part(
             "rare classes",
-            longtail.make_draw(train, test, longtail.Config.imbalance, config.validation),
+            longtail.make_draw(*labels, longtail.Config.imbalance, config.validation),
             classes,
             longtail.LOSSES,
             {"cross_entropy": (), "balanced_softmax": positive},
@@ -86,7 +86,7 @@ def run(config: Config, part: Part, images: Images, classes: int, train: Train) 
     results = []
     for loss, temperatures in part.temperatures.items():
         told = dataclasses.replace(config, temperatures=temperatures)
-        task = Task(images, classes, part.groups, parse(loss, part.losses))
+        task = Task(images, classes, part.groups, classes, parse(loss, part.losses))
         name = f"{part.name}-{loss}".replace(" ", "-")
         compared = comparison.compare(told, name, task, part.draw, train)
         results += [result._replace(loss=WORDS[loss]) for result in compared]
@@ -185,7 +185,7 @@ def main() -> None:
     config = comparison.read(Config, __doc__)
     train, test = comparison.load(config)
     images = comparison.on_device(config, train, test)
-    parts = make_parts(config, train.labels, test.labels)
+    parts = make_parts(config, train, test)
     sizes = [
         size
         for part in parts

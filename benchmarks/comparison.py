@@ -38,7 +38,7 @@ from benchmarks.config import (
     refusing,
 )
 from benchmarks.datasets import Split
-from benchmarks.training import Examples, Images, Run, Task, Trained
+from benchmarks.training import Examples, Images, pick, Run, Task, Trained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ PAPERS = {
 # Of (seed, search): what a run trains on, what it is evaluated on, and a few examples of every
 # class under their right labels, for methods that have to be told.
 Draw = Callable[[int, bool], tuple[Examples, Examples, Examples]]
-Train = Callable[[str, Task, list[Run]], Trained]
+Train = Callable[[training.Config, str, Task, list[Run]], Trained]
 
 
 def is_automatic(temperature: str) -> bool:
@@ -166,16 +166,16 @@ def load(config: Config) -> tuple[Split, Split]:
         fail(f"--devices must lie in [1, {most}], got {devices}")
     if config.batch_size % devices:
         fail(f"--batch-size must be a multiple of --devices, got {config.batch_size}")
-    blocks = {"linear": 0, "mlp": len(config.hidden), "cnn": 3, "resnet32": 4}[config.model]
+    blocks = {"linear": 0, "mlp": len(config.hidden), "cnn": 3}.get(config.model, 4)
     if config.fine_tune_from > blocks:
         fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
     with refusing():
         return datasets.load(config.dataset, config.data_dir)
 
 
-def some_of_each(index: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The first indices of every class: for methods that have to be told."""
-    return np.concatenate([index[labels == c][:CLEAN] for c in np.unique(labels)])
+def some_of_each(index: np.ndarray, labels: np.ndarray, most: int | None) -> np.ndarray:
+    """The first indices of every class."""
+    return np.concatenate([index[labels == c][:most] for c in np.unique(labels)])
 
 
 def on_device(config: Config, train: Split, test: Split) -> Images:
@@ -234,10 +234,10 @@ def diverged(trained: Trained) -> int:
 
 
 @contextlib.contextmanager
-def session(config: Config, draw: Draw, sizes: list[int]) -> Iterator[Train]:
+def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Iterator[Train]:
     """Holds ``config.out``, shows a bar over all epochs, and gives the function that trains.
 
-    ``sizes`` are how many runs each program has. The table is printed at the end.
+    ``sizes`` are how many runs each program has, if that is known. The table is printed at the end.
     """
     with refusing():
         train, evaluation, _ = draw(SEARCH_SEED, True)
@@ -251,7 +251,7 @@ def session(config: Config, draw: Draw, sizes: list[int]) -> Iterator[Train]:
             f"--validation must hold out an example of every class, got {config.validation}, which "
             f"leaves none of the classes {missing.tolist()}"
         )
-    epochs = config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes)
+    epochs = config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes or ())
     first = jax.process_index() == 0
 
     def interrupt(*_: Any) -> None:
@@ -264,10 +264,10 @@ def session(config: Config, draw: Draw, sizes: list[int]) -> Iterator[Train]:
             stack.enter_context(report.folder(config))
         sync_global_devices("the folder is ready")
         started = json.loads((config.out / "config.json").read_text())["started"]
-        bar = stack.enter_context(tqdm(total=epochs, unit="epoch", disable=not first))
+        bar = stack.enter_context(tqdm(total=epochs or None, unit="epoch", disable=not first))
         before = signal.signal(signal.SIGINT, interrupt)
         try:
-            yield functools.partial(training.train, config, bar=bar, started=started)
+            yield functools.partial(training.train, bar=bar, started=started)
         except KeyboardInterrupt:
             message = f"stopped; {config.out} has the results so far, and --resume goes on"
             print(f"\n{message}", file=sys.stderr)
@@ -349,11 +349,15 @@ def train_each(
     """Trains each setting with each seed; those from SEARCH_SEED on are of the search."""
     name, found = name.replace(":", "-"), {}  # which names files
     for ending, group in programs(settings).items():
-        history, losses = train(name + ending, task, make_runs(config, task, group, seeds, draw))
-        for i, setting in enumerate(group):
-            rows = slice(i * len(seeds), (i + 1) * len(seeds))
-            found[setting] = Trained({k: x[:, rows] for k, x in history.items()}, losses[rows])
+        runs = make_runs(config, task, group, seeds, draw)
+        found |= by_setting(group, train(config, name + ending, task, runs))
     return found
+
+
+def by_setting(settings: list[Any], trained: Trained) -> dict[Any, Trained]:
+    """Of runs that are each setting with each seed."""
+    seeds = len(trained.losses) // len(settings)
+    return {s: pick(trained, slice(i * seeds, (i + 1) * seeds)) for i, s in enumerate(settings)}
 
 
 def make_runs(

@@ -26,7 +26,7 @@ from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks import comparison, report
 from benchmarks.comparison import Draw, Result, Setting
-from benchmarks.config import ABOVE_0, FROM_2, NOT_NEGATIVE
+from benchmarks.config import ABOVE_0, FROM_1, FROM_2, NOT_NEGATIVE
 from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
@@ -86,11 +86,20 @@ class Config(comparison.Config):
     baselines: Annotated[tuple[str, ...], METHOD] = ()  # the same, with SGD alone
     seeds: Annotated[int, FROM_2] = 10  # number of seeds that are reported
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
+    largest: Annotated[int | None, FROM_1] = None  # training images of it; all, if not given
+    tested: Annotated[int | None, FROM_1] = None  # test images of a class; all, if not given
     # points of validation accuracy that a choice may cost, for more on the rare classes
     give: Annotated[float, NOT_NEGATIVE] = 0.0
 
 
-def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation: float) -> Draw:
+def make_draw(
+    train: np.ndarray,
+    test: np.ndarray,
+    imbalance: float,
+    validation: float,
+    largest: int | None = None,
+    tested: int | None = None,
+) -> Draw:
     """Long-tailed splits of the labels; a label is its class's rank, 0 having the most images."""
     classes = train.max() + 1
 
@@ -104,9 +113,11 @@ def make_draw(train: np.ndarray, test: np.ndarray, imbalance: float, validation:
             by_class = [pool[labels[pool] == c] for c in range(classes)]
             held_out = np.concatenate([members[:size] for members in by_class])
             pool = np.concatenate([members[size:] for members in by_class])
-        kept = pool[long_tailed_indices(labels[pool], imbalance, seed=rng)]
+        else:
+            held_out = comparison.some_of_each(held_out, labels[held_out], tested)
+        kept = pool[long_tailed_indices(labels[pool], imbalance, max_count=largest, seed=rng)]
         order = np.concatenate([np.setdiff1d(pool, kept), kept])  # those that are left first
-        clean = comparison.some_of_each(order, labels[order])
+        clean = comparison.some_of_each(order, labels[order], comparison.CLEAN)
         return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out, clean))
 
     return draw
@@ -208,7 +219,10 @@ def main() -> None:
     train, test = comparison.load(config)
     classes = int(train.labels.max()) + 1
     images = comparison.on_device(config, train, test)
-    draw = make_draw(train.labels, test.labels, config.imbalance, config.validation)
+    draw = make_draw(
+        *(train.labels, test.labels, config.imbalance, config.validation),
+        *(config.largest, config.tested),
+    )
     chosen = functools.partial(choose, give=config.give)
     results = []
     plain = dataclasses.replace(config, temperatures=())
@@ -216,7 +230,7 @@ def main() -> None:
     sizes = [size for each in told.values() for size in comparison.sizes(each)]
     with comparison.session(config, draw, sizes) as trainer:
         for name, each in told.items():
-            task = Task(images, classes, classes, parse(name, LOSSES))
+            task = Task(images, classes, classes, classes, parse(name, LOSSES))
             results += comparison.compare(each, name, task, draw, trainer, choose=chosen)
             if jax.process_index() == 0:
                 write(config, results)

@@ -9,6 +9,7 @@ by τ = 1.25, ``cross_entropy+mixup`` trains on mixed images, ``focal+sam:0.1`` 
                      knob is the coefficient of the regulariser
     l2rw             learning to reweight; see ``benchmarks.meta``
     meta_weight_net  Meta-Weight-Net, likewise; the knob is the learning rate of its network
+    within           losses less the level of their class; see ``levels``
 """
 
 import functools
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from absgd_jax import robust_loss
 from benchmarks import meta
 from benchmarks.config import Must, readable
 
@@ -35,12 +37,15 @@ class Parts(NamedTuple):
     logits: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # of each example, by logits and labels
     mean: Callable[[jax.Array], jax.Array]  # of the losses, in ABSGD's weights
+    temperature: jax.Array  # λ
 
 
 class Batch(NamedTuple):
     index: jax.Array  # [B], of the training examples
     x: jax.Array
     y: jax.Array
+    group: jax.Array  # [B]
+    weight: jax.Array  # [B]
     clean: tuple[jax.Array, jax.Array]  # images and right labels, as many of every class
     key: jax.Array
     rate: jax.Array  # the learning rate
@@ -48,13 +53,17 @@ class Batch(NamedTuple):
 
 # The value, of which update is told; the losses, statistics, and memory; and the gradients.
 Step = tuple[tuple[jax.Array, tuple[jax.Array, Any, Any]], Any]
-Way = Callable[[Parts, Any, Any, Batch], Step]  # of parameters, memory and batch
+
+
+class Way(NamedTuple):
+    step: Callable[[Parts, Any, Any, Batch], Step]  # of parameters, memory and batch
+    # The memory, of numbers of training examples, classes and groups.
+    init: Callable[[int, int, int], Any] = lambda *_: ()
 
 
 class Method(NamedTuple):
     loss: Loss
     way: Way
-    init: Callable[[int, int], Any]  # the memory, of numbers of examples and classes
     normalized: bool  # whether the logits are cosines
 
 
@@ -68,7 +77,7 @@ def plain(parts: Parts, params: Any, memory: Any, batch: Batch) -> Step:
 
 
 def mixup(alpha: float = 1.0) -> Way:
-    def way(parts, params, memory, batch):
+    def step(parts, params, memory, batch):
         share_key, order_key = jax.random.split(batch.key)
         share = jax.random.beta(share_key, alpha, alpha)
         order = jax.random.permutation(order_key, len(batch.y))
@@ -82,23 +91,23 @@ def mixup(alpha: float = 1.0) -> Way:
         mixed = batch._replace(x=mix(batch.x, batch.x[order]))
         return plain(parts._replace(loss=loss), params, memory, mixed)
 
-    return way
+    return Way(step)
 
 
 def sam(rho: float = 0.05) -> Way:
-    def way(parts, params, memory, batch):
+    def step(parts, params, memory, batch):
         _, grads = plain(parts, params, memory, batch)
         scale = rho / (optax.tree.norm(grads) + 1e-12)
         uphill = jax.tree.map(lambda p, g: p + scale * g, params, grads)
         return plain(parts, uphill, memory, batch)
 
-    return way
+    return Way(step)
 
 
 def elr(coefficient: float = 3.0) -> Way:
     """The memory is the moving average of what was predicted of every training example."""
 
-    def way(parts, params, memory, batch):
+    def step(parts, params, memory, batch):
         def loss_fn(params):
             logits, other = parts.logits(params, batch.x)
             p = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
@@ -110,11 +119,25 @@ def elr(coefficient: float = 3.0) -> Way:
 
         return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
-    return way
+    return Way(step, lambda examples, classes, _: jnp.zeros((examples, classes)))
 
 
-def reweighted(algorithm: Callable[..., Any]) -> Way:
-    def way(parts, params, memory, batch):
+def levels(losses: jax.Array, y: jax.Array, classes: int, temperature: jax.Array) -> jax.Array:
+    """Of each class λ log mean exp(l / λ): less it, a class has the weight of its size."""
+    return jnp.stack([robust_loss(losses, temperature, where=y == k) for k in range(classes)])
+
+
+def within(parts: Parts, params: Any, memory: Any, batch: Batch) -> Step:
+    def loss(z, y):
+        losses = parts.loss(z, y)
+        level = levels(jax.lax.stop_gradient(losses), y, z.shape[-1], parts.temperature)
+        return losses - level[y]
+
+    return plain(parts._replace(loss=loss), params, memory, batch)
+
+
+def reweighted(algorithm: Callable[..., Any], init: Callable[..., Any] = lambda *_: ()) -> Way:
+    def step(parts, params, memory, batch):
         def losses(x, y):
             return lambda params: parts.loss(parts.logits(params, x)[0], y)
 
@@ -128,37 +151,33 @@ def reweighted(algorithm: Callable[..., Any]) -> Way:
         weighted = parts._replace(mean=lambda losses: meta.weighted(losses, weights))
         return plain(weighted, params, memory, batch)
 
-    return way
+    return Way(step, init)
 
 
 def meta_weight_net(meta_rate: float = 0.1) -> Way:
-    return reweighted(functools.partial(meta.meta_weight_net, meta_rate=meta_rate))
+    algorithm = functools.partial(meta.meta_weight_net, meta_rate=meta_rate)
+    return reweighted(algorithm, lambda *_: meta.init_weight_net(jax.random.key(0)))
 
 
+# Of their knobs.
 WAYS: dict[str, Callable[..., Way]] = {
-    "": lambda: plain,
+    "": lambda: Way(plain),
     "mixup": mixup,
     "sam": sam,
     "elr": elr,
     "l2rw": lambda: reweighted(meta.l2rw_forward),
     "meta_weight_net": meta_weight_net,
+    "within": lambda: Way(within),
 }
-MEMORIES = {
-    "elr": lambda examples, classes: jnp.zeros((examples, classes)),
-    "meta_weight_net": lambda *_: meta.init_weight_net(jax.random.key(0)),
-}
-
 
 Losses = Mapping[str, Callable[..., Loss]]  # by name, each a function of its knob
 
 
-def parse(text: str, losses: Losses) -> Method:
+def parse(text: str, losses: Losses, ways: Mapping[str, Callable[..., Way]] = WAYS) -> Method:
     (loss, *knob), (way, *way_knob) = (part.split(":") for part in text.partition("+")[::2])
-    memory = MEMORIES.get(way, lambda *_: ())
     return Method(
         losses[loss](*map(float, knob)),
-        WAYS[way](*map(float, way_knob)),
-        memory,
+        ways[way](*map(float, way_knob)),
         normalized=loss == "ldam_drw",
     )
 

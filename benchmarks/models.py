@@ -14,8 +14,8 @@ from jax.typing import DTypeLike
 
 from absgd_jax.losses import normalized_logits
 
-NAMES = ("linear", "mlp", "cnn", "resnet32")
-CONVOLUTIONAL = ("cnn", "resnet32")
+NAMES = ("linear", "mlp", "cnn", "resnet8", "resnet32")
+CONVOLUTIONAL = NAMES[2:]
 
 
 def is_slow_in_a_loop(name: str) -> bool:
@@ -130,8 +130,9 @@ def make_model(
             Dense(pooled, 128, **kwargs),
         ]
         features = 128
-    elif name == "resnet32":
-        blocks, features = resnet_blocks(channels, depth=32, **kwargs), 64
+    else:
+        depth = int(name.removeprefix("resnet"))
+        blocks, features = resnet_blocks(channels, depth=depth, **kwargs), 64
     return Classifier(blocks, features, classes, normalized=normalized, rngs=rngs)
 
 

@@ -30,6 +30,7 @@ from absgd_jax.data import flip_labels
 from benchmarks import comparison, report
 from benchmarks.comparison import Draw, Result, TEMPERATURE
 from benchmarks.config import FROM_1, Must, POSITIVE, readable
+from benchmarks.datasets import Split
 from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
@@ -141,43 +142,30 @@ def instance_labels(
     return noisy, noisy != labels
 
 
-def make_draw(
-    train: np.ndarray,
-    test: np.ndarray,
-    noise: str,
-    size: int | None,
-    validation: float,
-    images: np.ndarray | None = None,
-) -> Draw:
-    """Splits of the labels, in two groups: those that are right, and those that are not.
-
-    ``images`` are those of ``train``, for noise that depends on them.
-    """
+def make_draw(train: Split, test: Split, noise: str, size: int | None, validation: float) -> Draw:
+    """Splits of the labels; the training examples in two groups, by whether a label is wrong."""
     kind, _, rate = noise.partition(":")
-    classes = train.max() + 1
+    classes = train.labels.max() + 1
 
     def draw(seed: int, search: bool) -> tuple[Examples, ...]:
         rng = np.random.default_rng(seed)
-        index = rng.permutation(len(train))[:size].astype(np.int32)
-        if kind != "instance":
-            labels, wrong = flip_labels(
-                train[index], float(rate), kind=kind, num_classes=classes, seed=rng
-            )
-        elif images is None:
-            raise ValueError(f"--noise {noise} needs the images: see benchmarks.noise")
+        index = rng.permutation(len(train.labels))[:size].astype(np.int32)
+        right = train.labels[index]
+        if kind == "instance":
+            images = train.images[index]
+            labels, wrong = instance_labels(images, right, float(rate), classes, rng)
         else:
-            labels, wrong = instance_labels(images[index], train[index], float(rate), classes, rng)
-        noisy = Examples(index, labels, wrong.astype(np.int32))
-        held_out = round(validation * len(index)) if search else 0
-        told = comparison.some_of_each(index[held_out:], train[index[held_out:]])
-        told = Examples(told, train[told], np.zeros_like(told))
-        if search:
-            split = (
-                Examples(*(x[part] for x in noisy)) for part in (np.s_[held_out:], np.s_[:held_out])
+            labels, wrong = flip_labels(
+                right, float(rate), kind=kind, num_classes=classes, seed=rng
             )
-            return *split, told
-        tested = np.arange(len(train), len(train) + len(test), dtype=np.int32)
-        return noisy, Examples(tested, test, np.zeros_like(test)), told
+        held_out = round(validation * len(index)) if search else 0
+        told = comparison.some_of_each(index[held_out:], right[held_out:], comparison.CLEAN)
+        told = Examples(told, train.labels[told], np.zeros_like(told))
+        noisy = Examples(*(x[held_out:] for x in (index, labels, wrong.astype(np.int32))))
+        if search:
+            return noisy, Examples(*(x[:held_out] for x in (index, labels, labels))), told
+        tested = np.arange(len(test.labels), dtype=np.int32) + np.int32(len(train.labels))
+        return noisy, Examples(tested, test.labels, test.labels), told
 
     return draw
 
@@ -243,9 +231,7 @@ def main() -> None:
     classes = int(train.labels.max()) + 1
     images = comparison.on_device(config, train, test)
     draws = {
-        noise: make_draw(
-            *(train.labels, test.labels, noise, config.examples, config.validation), train.images
-        )
+        noise: make_draw(train, test, noise, config.examples, config.validation)
         for noise in config.noise
     }
     results = {}
@@ -254,7 +240,7 @@ def main() -> None:
         for noise, draw in draws.items():
             for name in config.methods:
                 label = f"{noise.replace(':', '-')}-{name}"
-                task = Task(images, classes, 2, parse(name, LOSSES))
+                task = Task(images, classes, 2, classes, parse(name, LOSSES))
                 compared = comparison.compare(config, label, task, draw, trainer)
                 pairs = [(r._replace(loss=name), find(r, draw)) for r in compared]
                 results[noise.replace(":", " "), name] = pairs

@@ -47,7 +47,7 @@ class Config(comparison.Config):
     )
     gammas: Annotated[tuple[float, ...], ABOVE_0] = (0.9,)  # weights of the newest batch
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
-    # wrong labels, in place of rare classes: symmetric or asymmetric, and their share
+    # wrong labels, in place of rare classes: symmetric, asymmetric or instance, and their share
     noise: Annotated[str | None, NOISE] = None
     # training examples of a run with wrong labels; all, if not given
     examples: Annotated[int | None, FROM_1] = None
@@ -169,12 +169,12 @@ def describe_times(times: dict[str, Any]) -> str:
 def main() -> None:
     config = comparison.read(Config, __doc__)
     train, test = comparison.load(config)
-    labels, classes = (train.labels, test.labels), int(train.labels.max()) + 1
+    classes = int(train.labels.max()) + 1
     if config.noise:
-        draw = noise.make_draw(*labels, config.noise, config.examples, config.validation)
+        draw = noise.make_draw(train, test, config.noise, config.examples, config.validation)
         losses, groups = noise.LOSSES, 2
     else:
-        draw = longtail.make_draw(*labels, config.imbalance, config.validation)
+        draw = longtail.make_draw(train.labels, test.labels, config.imbalance, config.validation)
         losses, groups = longtail.LOSSES, classes
     must = must_be_method(losses)
     if unknown := [name for name in config.methods if not must.holds(name)]:
@@ -187,7 +187,7 @@ def main() -> None:
     sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
     with comparison.session(config, draw, sizes) as trainer:
         for name in config.methods:
-            task = Task(images, classes, groups, parse(name, losses))
+            task = Task(images, classes, groups, classes, parse(name, losses))
             if config.timed and times is None:
                 runs = comparison.make_runs(config, task, programs[0], seeds, draw)
                 times = compare_times(config, task, runs[: config.timed])

@@ -30,7 +30,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from absgd_jax import absgd, diagnostics, target_ess, tilt, two_stage
+from absgd_jax import absgd, diagnostics, get_temperature, target_ess, tilt, two_stage
 from benchmarks import models, report
 from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, SHARE
 from benchmarks.config import Config as BaseConfig
@@ -41,9 +41,9 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 
-# What is recorded of every epoch of every run, [epochs, runs, ...]: "accuracy" of each class of the
+# What is recorded of every epoch of every run, [epochs, runs, ...]: "accuracy" of each group of the
 # evaluation split; and, as means over the batches, "mass", the share of the weights that each group
-# has, and the scalars of diagnostics.summary.
+# of the training examples has, and the scalars of diagnostics.summary.
 History = dict[str, Any]
 
 
@@ -110,7 +110,7 @@ class Examples(NamedTuple):
 
     index: Any  # [n], int32
     label: Any  # [n], int32
-    group: Any  # [n], int32: whose share of the weights is followed
+    group: Any  # [n], int32: whose share of the weights, or whose accuracy, is followed
 
 
 class Task(NamedTuple):
@@ -118,7 +118,8 @@ class Task(NamedTuple):
 
     images: Images
     classes: int
-    groups: int
+    groups: int  # of the training examples
+    evaluated: int  # groups of the others
     method: Method
 
 
@@ -135,6 +136,7 @@ class Run(NamedTuple):
     evaluation: Examples
     class_counts: Any  # [classes], int32: of the training examples
     clean: Examples  # as many of every class, for learnt weights
+    weight: Any = None  # [n], float32: of the training examples, beside ABSGD's; 1, if not given
 
 
 class TrainState(NamedTuple):
@@ -151,15 +153,24 @@ class Program(NamedTuple):
     init: Callable[[Run], TrainState]
     shuffle: Callable[[Run, int], Any]  # the batches of an epoch, by its number: [steps, ...]
     step: Callable[[TrainState, Run, Images, Any], tuple[TrainState, History]]  # of a batch
-    accuracy: Callable[[TrainState, Run, Images], jax.Array]  # of each class
-    losses: Callable[[TrainState, Run, Images], jax.Array]  # of every training example
+    accuracy: Callable[[TrainState, Run, Images], jax.Array]  # of each group that is evaluated
+    # "losses" of the training examples, and whether they are classified "wrong".
+    outcome: Callable[[TrainState, Run, Images], dict[str, jax.Array]]
 
 
 class Trained(NamedTuple):
     """What became of the runs."""
 
     history: History
-    losses: Any  # of every training example at the end, [runs, examples]
+    # Of every training example at the end, [runs, examples].
+    losses: Any
+    wrong: Any  # whether it is classified wrongly
+
+
+def pick(trained: Trained, rows: slice) -> Trained:
+    """Some of the runs."""
+    history = {k: x[:, rows] for k, x in trained.history.items()}
+    return Trained(history, trained.losses[rows], trained.wrong[rows])
 
 
 def schedule(config: Config, steps: int) -> optax.Schedule:
@@ -260,7 +271,7 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        memory = task.method.init(examples, task.classes)
+        memory = task.method.way.init(examples, task.classes, task.groups)
         return TrainState(params, other, optimizer(run).init(params), jnp.int32(0), memory)
 
     def shuffle(run, number):
@@ -281,18 +292,20 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
             model = nnx.merge(trained, params, state.other, copy=True)
             return model(x), nnx.split(model, nnx.Param, ...)[2]
 
+        weight = jnp.ones(len(index)) if run.weight is None else run.weight[index]
         parts = Parts(
             forward,
             lambda z, y: task.method.loss(z, y, run.class_counts, state.step >= second_stage),
-            lambda losses: tilt(losses, state.opt_state).mean(),
+            lambda losses: (weight * tilt(losses, state.opt_state)).mean(),
+            get_temperature(state.opt_state),
         )
         batch = Batch(
-            *(index, x, y),
+            *(index, x, y, run.train.group[index], weight),
             clean=(images[run.clean.index], run.clean.label),
             key=jax.random.fold_in(key, 0),  # the key itself has drawn the augmentation
             rate=run.learning_rate * rate(state.step),
         )
-        (value, (losses, other, memory)), grads = task.method.way(
+        (value, (losses, other, memory)), grads = task.method.way.step(
             parts, state.params, state.memory, batch
         )
         updates, opt_state = optimizer(run).update(
@@ -314,16 +327,17 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
         return each.reshape(-1, task.classes)[: len(index)]
 
     def accuracy(state, run, images):
-        label = run.evaluation.label
-        hits = logits(state, images, run.evaluation.index).argmax(axis=-1) == label
-        sums = [jnp.zeros(task.classes).at[label].add(x) for x in (hits, jnp.ones(len(label)))]
+        index, label, group = run.evaluation
+        hits = logits(state, images, index).argmax(axis=-1) == label
+        sums = [jnp.zeros(task.evaluated).at[group].add(x) for x in (hits, jnp.ones(len(group)))]
         return sums[0] / sums[1]
 
-    def losses(state, run, images):
-        each = logits(state, images, run.train.index)
-        return task.method.loss(each, run.train.label, run.class_counts, state.step >= second_stage)
+    def outcome(state, run, images):
+        z, y = logits(state, images, run.train.index), run.train.label
+        losses = task.method.loss(z, y, run.class_counts, state.step >= second_stage)
+        return {"losses": losses, "wrong": z.argmax(axis=-1) != y}
 
-    return Program(init, shuffle, step, accuracy, losses)
+    return Program(init, shuffle, step, accuracy, outcome)
 
 
 def run_epoch(
@@ -344,7 +358,7 @@ class Compiled(NamedTuple):
 
     init: Callable[[Run], TrainState]
     epoch: Callable[[TrainState, Run, Images, int], tuple[TrainState, History]]
-    losses: Callable[[TrainState, Run, Images], jax.Array]
+    outcome: Callable[[TrainState, Run, Images], dict[str, jax.Array]]
 
 
 def compile_program(config: Config, program: Program) -> Compiled:
@@ -371,7 +385,7 @@ def compile_program(config: Config, program: Program) -> Compiled:
     epoch = of_runs(functools.partial(run_epoch, program), (0, 0, None, None), donate_argnums=0)
     if models.is_slow_in_a_loop(config.model):
         epoch = stepwise
-    return Compiled(of_runs(program.init, 0), epoch, of_runs(program.losses, (0, 0, None)))
+    return Compiled(of_runs(program.init, 0), epoch, of_runs(program.outcome, (0, 0, None)))
 
 
 def train(
@@ -406,12 +420,12 @@ def train(
                 found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
             if jax.process_index() == 0:
                 report.save_finished(done, started, found)
-        parts.append(Trained(found, found.pop("losses")))
+        parts.append(Trained(found, found.pop("losses"), found.pop("wrong")))
         if jax.process_index() == 0 and folder.exists():
             shutil.rmtree(folder)
-    histories, losses = zip(*parts, strict=True)
+    histories, *outcomes = zip(*parts, strict=True)
     history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *histories)
-    return Trained(history, np.concatenate(losses))
+    return Trained(history, *map(np.concatenate, outcomes))
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
@@ -485,8 +499,8 @@ def train_part(
             raise KeyboardInterrupt
     for writer in writers:
         writer.close()
-    losses = program(config.frozen(config.epochs - 1)).losses(state, runs, images)
-    return {"losses": jax.device_get(losses), **stack(history)}
+    outcome = program(config.frozen(config.epochs - 1)).outcome(state, runs, images)
+    return jax.device_get(outcome) | stack(history)
 
 
 def log(config: Config, event: str, accuracy: np.ndarray) -> None:

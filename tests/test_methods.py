@@ -16,6 +16,8 @@ X, CLEAN_X = RNG.normal(size=(8, 3)), RNG.normal(size=(5, 3))
 Y, CLEAN_Y = RNG.integers(0, 4, 8), RNG.integers(0, 4, 5)
 PARAMS = RNG.normal(size=(3, 4))
 INDEX = np.array([3, 9, 4, 1, 7, 2, 0, 5])
+GROUP, WEIGHT = np.array([0, 0, 1, 0, 1, 0, 0, 2]), RNG.uniform(0.5, 2, 8)
+TEMPERATURE = -0.7
 EYE = np.eye(4)
 
 
@@ -39,8 +41,9 @@ def step(x64):
         lambda params, x: (x @ params, "statistics"),
         optax.softmax_cross_entropy_with_integer_labels,
         jnp.mean,
+        jnp.asarray(TEMPERATURE),
     )
-    arrays = map(jnp.asarray, (INDEX, X, Y))
+    arrays = map(jnp.asarray, (INDEX, X, Y, GROUP, WEIGHT))
     clean = jnp.asarray(CLEAN_X), jnp.asarray(CLEAN_Y)
     batch = Batch(*arrays, clean, jax.random.key(3), 0.5)
 
@@ -48,7 +51,7 @@ def step(x64):
         """What it returns, the batch being the above."""
 
         def run(params, memory):
-            (value, (each, other, memory)), grads = way(parts, params, memory, batch)
+            (value, (each, other, memory)), grads = way.step(parts, params, memory, batch)
             assert other == "statistics"
             return value, each, memory, grads
 
@@ -58,7 +61,7 @@ def step(x64):
 
 
 def test_plain(step):
-    value, each, _, grads = step(methods.plain)
+    value, each, _, grads = step(methods.WAYS[""]())
     np.testing.assert_allclose(each, losses(PARAMS))
     np.testing.assert_allclose(value, each.mean())
     np.testing.assert_allclose(grads, gradients(PARAMS).mean(axis=0))
@@ -114,6 +117,21 @@ def test_learning_to_reweight(step):
     np.testing.assert_allclose(
         grads, np.einsum("i,ijk", weights / weights.sum(), gradients(PARAMS))
     )
+
+
+def test_within(step):
+    _, each, _, grads = step(methods.WAYS["within"]())
+    of_class = [k == Y for k in np.unique(Y)]
+    level = np.zeros(8)
+    for members in of_class:
+        mean = np.mean(np.exp(losses(PARAMS)[members] / TEMPERATURE))
+        level[members] = TEMPERATURE * np.log(mean)
+    np.testing.assert_allclose(each, losses(PARAMS) - level)
+    np.testing.assert_allclose(grads, gradients(PARAMS).mean(axis=0))
+    # Of the weights each class has the share of its size.
+    weights = np.exp(each / TEMPERATURE)
+    shares = [weights[members].sum() / weights.sum() for members in of_class]
+    np.testing.assert_allclose(shares, np.mean(of_class, axis=1))
 
 
 @pytest.mark.usefixtures("users_promotion")

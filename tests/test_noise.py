@@ -11,7 +11,7 @@ import scipy.special
 from scipy.stats import truncnorm
 
 from benchmarks import comparison, noise
-from benchmarks.config import refusing
+from benchmarks.datasets import Split
 from benchmarks.noise import LOSSES, METHOD, NOISE
 from tests.support.commands import load
 
@@ -98,22 +98,22 @@ def test_wrong_labels_depend_on_the_image():
 
 def test_draw():
     images, labels = RNG.integers(0, 255, (600, 2, 2, 1), np.uint8), np.arange(600) % 3
-    draw = noise.make_draw(labels, labels[:9], "instance:0.4", 500, 0.2, images)
+    splits = Split(images, labels), Split(images[:9], labels[:9])
+    draw = noise.make_draw(*splits, "instance:0.4", 500, 0.2)
     (train, held_out, told), again = draw(7, True), draw(7, True)
     assert (len(train.label), len(held_out.label), len(told.label)) == (400, 100, 30)
     for part in (train, held_out):
-        np.testing.assert_array_equal(part.group, part.label != labels[part.index])
+        assert 0.3 < np.mean(part.label != labels[part.index]) < 0.5
+    np.testing.assert_array_equal(train.group, train.label != labels[train.index])
+    np.testing.assert_array_equal(held_out.group, held_out.label)
     np.testing.assert_array_equal(train.label, again[0].label)
     np.testing.assert_array_equal(told.label, labels[told.index])
     test = draw(7, False)[1]
     np.testing.assert_array_equal(test.label, labels[:9])
+    np.testing.assert_array_equal(test.group, labels[:9])
 
 
-def test_images_are_missing(capsys):
-    draw = noise.make_draw(np.arange(9) % 3, np.arange(3), "instance:0.4", None, 0.2)
-    with pytest.raises(SystemExit, match="2"), refusing():
-        draw(0, True)
-    assert capsys.readouterr().err.startswith("error: --noise instance:0.4 needs the images")
+def test_flag():
     assert NOISE.holds("instance:0.4")
     assert not NOISE.holds("instance")
 
@@ -141,7 +141,7 @@ def test_table(tmp_path):
         "temperature": np.full((2, 2), -1.0),
     }
     setting = comparison.Setting("-1", 0.1, 0.9)
-    result = comparison.Result("gce", setting, {}, comparison.Trained(history, losses))
+    result = comparison.Result("gce", setting, {}, comparison.Trained(history, losses, None))
     found = noise.find(result, draw)
     np.testing.assert_allclose(found.auroc, [75, 100 / 3])
     np.testing.assert_allclose(found.precision, [50, 0])

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks import subgroups
+from benchmarks.methods import Batch, Parts
 from benchmarks.subgroups import Setting
 from tests.support.commands import load
 
@@ -18,41 +19,49 @@ LOSSES = np.float32([0.1, 2.0, 0.7, 0.3, 1.1, 0.0, 0.2, 5.0])
 def test_split():
     train, test = np.arange(1000) % 10, np.arange(200) % 10
     draw = subgroups.make_draw(train, test, rare=0.1, most=80, validation=0.25)
-    splits = draw(3)
-    counts = {k: np.bincount(s.group).tolist() for k, s in splits.items()}
-    assert counts == {"train": 5 * [60, 6], "validation": 5 * [20, 2], "test": 10 * [20]}
+    trained, evaluated, clean = draw(3, False)
+    assert np.bincount(trained.group).tolist() == 5 * [60, 6]
+    assert np.bincount(evaluated.group).tolist() == 5 * [20, 2] + 10 * [20]
     classes = np.concatenate([train, test])
-    for name, s in splits.items():
-        np.testing.assert_array_equal(s.label, s.group // 2)
-        assert np.all((s.index >= 1000) == (name == "test"))
-        # A subclass is one class, and the same one in every split.
-        assert len({*zip(classes[s.index], s.group, strict=True)}) == 10
-    pairs = {k: {*zip(classes[s.index], s.group, strict=True)} for k, s in splits.items()}
-    assert pairs["train"] == pairs["validation"] == pairs["test"]
-    index = np.concatenate([s.index for s in splits.values()])
+    pairs = {*zip(classes[trained.index], trained.group, strict=True)}
+    assert len(pairs) == 10  # a subclass is one class, and the same one in every split
+    for split in (trained, evaluated, clean):
+        np.testing.assert_array_equal(split.label, split.group % 10 // 2)
+        assert {*zip(classes[split.index], split.group % 10, strict=True)} <= pairs
+    np.testing.assert_array_equal(evaluated.index >= 1000, evaluated.group >= 10)
+    index = np.concatenate([trained.index, evaluated.index])
     assert len(np.unique(index)) == len(index)
-    np.testing.assert_array_equal(draw(3)["train"].index, splits["train"].index)
-    assert {*zip(classes[draw(4)["test"].index], draw(4)["test"].group, strict=True)} != pairs[
-        "test"
-    ]
+    for found, again in zip(trained, draw(3, False)[0], strict=True):
+        np.testing.assert_array_equal(found, again)
+    assert {*zip(classes[draw(4, False)[0].index], draw(4, False)[0].group, strict=True)} != pairs
+    # The search sees the same, but for the test split.
+    searched = draw(3, True)
+    np.testing.assert_array_equal(searched[0].index, trained.index)
+    np.testing.assert_array_equal(searched[1].index, evaluated.index[evaluated.index < 1000])
     with pytest.raises(ValueError, match="images to train on"):
         subgroups.make_draw(train, test, rare=0.01, most=80, validation=0.25)
 
 
-def test_objectives():
-    group, sizes = np.array([0, 0, 1, 0, 1, 0, 0, 2]), np.float32([6, 3, 1])
+def test_group_dro():
+    group, sizes = np.array([0, 0, 1, 0, 1, 0, 0, 2]), np.array([6, 3, 1])
+    weight = 10 / (3 * sizes[group])
     means = [LOSSES[group == g].sum() / (8 * sizes[g] / 10) for g in range(3)]
-    arguments = (*map(jnp.asarray, (LOSSES, group, sizes)), jnp.full(3, -np.log(3), jnp.float32))
-    value, log_q = subgroups.group_dro(*arguments, jnp.float32(0))
-    np.testing.assert_allclose(value, np.mean(LOSSES * 10 / (3 * sizes[group])), rtol=1e-6)
-    np.testing.assert_allclose(np.exp(log_q), 1 / 3, rtol=1e-6)
-    value, log_q = subgroups.group_dro(*arguments, jnp.float32(0.1))
     q = np.exp(0.1 * np.array(means))
-    np.testing.assert_allclose(np.exp(log_q), q / q.sum(), rtol=1e-5)
-    np.testing.assert_allclose(value, np.average(means, weights=q), rtol=1e-5)
+    # The losses are those of one parameter, 1, whose gradient is the value.
+    parts = Parts(lambda p, x: (p * x, ()), lambda z, y: z, jnp.mean, jnp.inf)
+    batch = Batch(None, *map(jnp.asarray, (LOSSES, group, group, weight)), None, None, None)
+    for rate, expected in ((0.0, np.full(3, 1 / 3)), (0.1, q / q.sum())):
+        way = subgroups.group_dro(rate)
+        (value, (losses, _, log_q)), grad = way.step(parts, jnp.ones([]), way.init(8, 2, 3), batch)
+        np.testing.assert_allclose(losses, LOSSES)
+        np.testing.assert_allclose(np.exp(log_q), expected, rtol=1e-5)
+        np.testing.assert_allclose([value, grad], np.average(means, weights=expected), rtol=1e-5)
 
 
 def test_weights():
+    weights = subgroups.inverse_sizes(np.array([0, 1, 0, 0]))
+    np.testing.assert_allclose(weights, [2 / 3, 2, 2 / 3, 2 / 3])
+
     wrong = LOSSES > 1
     weights = subgroups.jtt_weights(LOSSES, wrong, 5)
     np.testing.assert_allclose(weights, np.where(wrong, 5, 1) / (20 / 8))
@@ -67,9 +76,10 @@ def test_weights():
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
 def test_benchmark(tmp_path, monkeypatch, capsys):
-    grids = {"SGD": ("inf",), "JTT": ("0.5:1", "0.5:5"), "early weights": ("0.5:0.5",)}
-    monkeypatch.setattr(subgroups, "GRIDS", grids)
-    monkeypatch.setattr(subgroups, "AT_ONCE", 4)
+    grids = dict.fromkeys(subgroups.GRIDS, ())
+    grids |= {"SGD": ("inf",), "CVaR": ("0.5",), "JTT": ("0.5:1", "0.5:5")}
+    grids |= {"early weights": ("0.5:0.5",), "subclass weights": ("",), "group DRO": ("0",)}
+    monkeypatch.setattr(subgroups, "GRIDS", {k: grid for k, grid in grids.items() if grid})
     seen, searched = [], []
 
     def early(losses, wrong, ess):
@@ -82,29 +92,36 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setitem(subgroups.WEIGHTS, "early weights", early)
     monkeypatch.setattr(subgroups, "train_each", train_each)
-    options = "--regimes linear:1e-3 --epochs 4 --learning-rates 0.03 1e-6 --search-seeds 1"
+    options = "--model linear --epochs 4 --learning-rates 0.03 1e-6 --search-seeds 1"
     command = f"subgroups --seeds 2 --batch-size 256 {options} --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
     subgroups.main()
 
-    # A k of 1 is SGD again; early weights are of SGD after half of the epochs.
-    for rate, (losses, wrong) in zip((0.03, 1e-6), seen[:2], strict=True):
-        first = searched[0][Setting("SGD", "inf", rate)]
-        again = searched[0][Setting("JTT", "0.5:1", rate)]
-        np.testing.assert_allclose(again.mean_loss, first.mean_loss, rtol=1e-5)
-        np.testing.assert_array_equal(losses, first.losses[0, 1, -len(losses) :])
-        np.testing.assert_array_equal(wrong, first.wrong[0, 1, -len(losses) :])
-        # SGD is evaluated on the training examples, too, and in the right places.
-        held_out = again.wrong.shape[-1]
-        np.testing.assert_array_equal(again.wrong, first.wrong[..., :held_out])
-    other = searched[0][Setting("JTT", "0.5:5", 0.03)]
-    assert not np.allclose(other.mean_loss, searched[0][Setting("SGD", "inf", 0.03)].mean_loss)
+    found = searched[0]
+    sgd, again, other = (
+        found[setting]
+        for setting in (
+            Setting("SGD", "inf", 0.03),
+            Setting("JTT", "0.5:1", 0.03),
+            Setting("JTT", "0.5:5", 0.03),
+        )
+    )
+    # A k of 1 is SGD again, and group DRO with a rate of 0 is weights by the subclass.
+    np.testing.assert_allclose(again.losses, sgd.losses, rtol=1e-4)
+    assert not np.allclose(other.losses, sgd.losses, rtol=0.01)
+    told = (found[Setting(*s, 0.03)] for s in (("subclass weights", ""), ("group DRO", "0")))
+    np.testing.assert_allclose(*(t.losses for t in told), rtol=1e-3)
+    # The first model has hardly moved at the lower rate, and guesses.
+    (losses, wrong), (still, guessed) = seen[:2]
+    assert losses.mean() < still.mean()
+    assert wrong.mean() < guessed.mean()
 
     results, table = load(tmp_path), (tmp_path / "table.md").read_text()
     assert capsys.readouterr().out.strip() in table
-    validation = results.pop("validation")["linear:1e-3"]
-    assert len(results) == 6
-    lines = iter([line for line in table.splitlines() if line.startswith("| linear")])
+    validation = results.pop("validation")
+    assert len(results) == 12
+    lines = [line for line in table.splitlines() if line.startswith("| ")]
+    lines = iter([line for line in lines if not line.startswith(("| method", "| ---"))])
     for record in results.values():
         setting, rule = record["setting"], record["rule"]
         of_method = {k: x for k, x in validation.items() if k.startswith(setting["method"])}
@@ -122,7 +139,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
         stopped = np.array(record["stopped"])[:, 1::2].mean(axis=1)
         cells.append(f"{stopped.mean():.1f} ± {stopped.std(ddof=1):.1f}")
         row = [setting["method"], f"{setting['learning_rate']:g}", *cells]
-        found = re.split(r" *\| ?", next(lines))[2:]
+        found = re.split(r" *\| ?", next(lines))[1:]
         assert [found[0], *found[2:8]] == row
         assert found[8] == f"{record['diverged']} of 2"
     assert matplotlib.image.imread(tmp_path / "rare.png").std() > 0.05

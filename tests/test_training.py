@@ -46,7 +46,7 @@ def digits():
 
 
 def make_task(config, digits):
-    return training.Task(comparison.on_device(config, *digits), 10, 2, METHOD)
+    return training.Task(comparison.on_device(config, *digits), 10, 2, 10, METHOD)
 
 
 def fit(tmp_path, digits, runs, **options):
@@ -123,7 +123,8 @@ def numpy_run(digits, run):
         history.append((*np.mean(record, axis=0), *accuracy))
     z = pixels[:EXAMPLES] @ params["w"] + params["b"]
     log_p = z - np.log(np.exp(z).sum(axis=1, keepdims=True))
-    return np.array(history), -2 * log_p[np.arange(EXAMPLES), run.train.label]
+    losses = -2 * log_p[np.arange(EXAMPLES), run.train.label]
+    return np.array(history), losses, z.argmax(axis=1) != run.train.label
 
 
 SCALARS = "mean_loss", "effective_sample_size", "temperature", "log_normalizer"
@@ -151,13 +152,15 @@ def test_training_is_the_published_algorithm(tmp_path, digits, settings):
     ]
     trained = fit(tmp_path, digits, runs)
     for i, run in enumerate(runs):
-        history, losses = numpy_run(digits, run)
+        history, losses, wrong = numpy_run(digits, run)
         found = jax.tree.map(lambda x, i=i: x[:, i], trained.history)
         for name, column in zip(SCALARS, history.T, strict=False):
             np.testing.assert_allclose(found[name], column, rtol=1e-4, err_msg=name)
         np.testing.assert_allclose(found["mass"], history[:, 4:6], rtol=1e-4)
         np.testing.assert_allclose(found["accuracy"], history[:, 6:], atol=1e-6)
         np.testing.assert_allclose(trained.losses[i], losses, rtol=1e-3, atol=1e-4)
+        assert np.mean(trained.wrong[i] != wrong) < 0.01
+        assert 0 < np.mean(wrong) < 0.9
 
 
 def test_in_parts_and_on_several_devices(tmp_path, digits):
@@ -211,7 +214,8 @@ def test_models(name):
     assert model(images).shape == (4, 10)
     assert model(images).dtype == jnp.float32
     params = nnx.state(model, nnx.Param)
-    sizes = {"linear": 30_730, "mlp": 820_874, "cnn": 545_098, "resnet32": 464_154}
+    sizes = {"linear": 30_730, "mlp": 820_874, "cnn": 545_098, "resnet8": 75_290}
+    sizes["resnet32"] = 464_154
     assert sum(x.size for x in jax.tree.leaves(params)) == sizes[name]
 
     coarse = make(dtype=jnp.bfloat16)
@@ -283,7 +287,7 @@ def test_fine_tuning(tmp_path, digits):
 
     # The trainer does the same.
     trained = fit(tmp_path, digits, [stacked], **options)
-    losses = jax.jit(second.losses)(state, run, task.images)
+    losses = jax.jit(second.outcome)(state, run, task.images)["losses"]
     np.testing.assert_allclose(trained.losses[0], losses, rtol=1e-3, atol=1e-5)
     # Its optimiser is a new one, but λ goes by the epochs of them all.
     np.testing.assert_array_equal(trained.history["temperature"][:, 0], [np.inf, np.inf, 5])
@@ -313,7 +317,13 @@ def test_frozen_blocks_keep_their_statistics(digits):
 def test_convolutions_train_a_step_a_call(digits, monkeypatch):
     """On CPUs, and there alone; to the same end as in a loop."""
     convolve = {name: models.is_slow_in_a_loop(name) for name in models.NAMES}
-    assert convolve == {"linear": False, "mlp": False, "cnn": True, "resnet32": True}
+    assert convolve == {
+        "linear": False,
+        "mlp": False,
+        "cnn": True,
+        "resnet8": True,
+        "resnet32": True,
+    }
     monkeypatch.setattr(models, "CONVOLUTIONAL", ("linear",))  # which is quick to compile
     task, runs = make_task(CONFIG, digits), jax.tree.map(lambda x: x[None], make_run(digits))
     program, results = training.make_program(CONFIG, task, EXAMPLES), []
