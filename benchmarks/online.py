@@ -32,11 +32,10 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-import optax
 from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
-from benchmarks import datasets, report
+from benchmarks import datasets, layers, report
 from benchmarks.comparison import near_guess, SEARCH_SEED
 from benchmarks.config import ABOVE_0, FROM_1, FROM_2, INSIDE, POSITIVE, read, refusing
 from benchmarks.config import Config as BaseConfig
@@ -49,8 +48,6 @@ LOSSES = ("cross-entropy", "stale prior", "running", "ARB-Loss", "true prior")
 OPTIMIZERS = ("SGD", "ABSGD", "ABSGD, automatic")
 RARE = 0.3  # share of the classes that are rare at a time
 TENTHS = 10
-
-Params = list[tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,20 +145,6 @@ def class_counts(setting: Setting, streams: Stream, n: int) -> jax.Array:
     return running(streams.labels.reshape(seeds, -1, n), np.zeros(classes, np.float32), decay)
 
 
-def init(key: jax.Array, pixels: int, hidden: int, classes: int) -> Params:
-    """A network of one hidden layer."""
-    shapes = (pixels, hidden), (hidden, classes)
-    keys = jax.random.split(key, len(shapes))
-    kernels = map(jax.nn.initializers.he_normal(), keys, shapes)
-    return [(kernel, jnp.zeros(kernel.shape[1])) for kernel in kernels]
-
-
-def predict(params: Params, x: jax.Array) -> jax.Array:
-    """Its logits."""
-    (w, b), (kernel, bias) = params
-    return jax.nn.relu(x @ w + b) @ kernel + bias
-
-
 @functools.partial(jax.jit, static_argnames=("hidden", "automatic"))
 def train(images, batches, counts, rates, temperatures, keys, *, hidden, automatic):
     """Which predictions were right [settings, seeds, N], and which runs stayed finite.
@@ -171,25 +154,17 @@ def train(images, batches, counts, rates, temperatures, keys, *, hidden, automat
 
     def run(batches, counts, rate, temperature, key):
         tx = absgd(rate, target_ess(temperature) if automatic else temperature)
-        params = init(key, images.shape[1], hidden, counts.shape[1])
 
-        def step(carry, batch):
-            (params, opt_state), (index, labels, counts) = carry, batch
+        def loss_fn(params, opt_state, batch):
+            index, labels, counts = batch
+            logits = layers.predict(params, images[index])
+            each = losses.balanced_softmax(logits, labels, class_counts=counts)
+            # By parameters that have not yet learnt from these labels.
+            correct = jnp.argmax(logits, axis=-1) == labels
+            return tilt(each, opt_state).mean(), (each, (correct, jnp.isfinite(each).all()))
 
-            def loss_fn(params):
-                logits = predict(params, images[index])
-                each = losses.balanced_softmax(logits, labels, class_counts=counts)
-                # By parameters that have not yet learnt from these labels.
-                correct = jnp.argmax(logits, axis=-1) == labels
-                return tilt(each, opt_state).mean(), (each, correct)
-
-            (loss, (each, correct)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = tx.update(grads, opt_state, params, value=loss, losses=each)
-            carry = optax.apply_updates(params, updates), opt_state
-            return carry, (correct, jnp.isfinite(each).all())
-
-        carry = params, tx.init(params)
-        _, (correct, finite) = jax.lax.scan(step, carry, (*batches, counts))
+        params = layers.init(key, (images.shape[1], hidden, counts.shape[1]))
+        _, (correct, finite) = layers.learn(tx, loss_fn, params, (*batches, counts))
         return correct.ravel(), finite.all()
 
     seeds = jax.vmap(run, (0, 0, None, None, 0))

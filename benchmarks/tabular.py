@@ -37,9 +37,9 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from absgd_jax import absgd, get_temperature, losses, robust_loss, target_ess, tilt, two_stage
+from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
-from benchmarks import config, report
+from benchmarks import config, layers, report
 from benchmarks.comparison import near_guess, SEARCH_SEED
 from benchmarks.config import (
     BELOW_1,
@@ -51,6 +51,7 @@ from benchmarks.config import (
     POSITIVE,
     readable,
 )
+from benchmarks.methods import levels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -288,19 +289,6 @@ def lifted(rule: Rule, rarest: float) -> float:
     return math.copysign(max(abs(rule.number), bounded), rule.number)
 
 
-def predict(params: list[tuple[jax.Array, jax.Array]], x: jax.Array) -> jax.Array:
-    """Logits."""
-    *hidden, (kernel, bias) = params
-    for w, b in hidden:
-        x = jax.nn.relu(x @ w + b)
-    return x @ kernel + bias
-
-
-def levels(each: jax.Array, y: jax.Array, classes: int, lam: jax.Array) -> jax.Array:
-    """Of each class λ log mean exp(l / λ): less it, a class has the weight of its size."""
-    return jnp.stack([robust_loss(each, lam, where=y == k) for k in range(classes)])
-
-
 def train_one(
     c: Config, classes: int, automatic: bool, x: jax.Array, folds: Fold, run: Run
 ) -> tuple[jax.Array, jax.Array]:
@@ -313,29 +301,19 @@ def train_one(
         two_stage(tuned, run.begin),
         weight_decay=run.weight_decay,
     )
-    shapes = list(itertools.pairwise((x.shape[1], *c.hidden, classes)))
-    keys = jax.random.split(jax.random.key(run.fold), len(shapes))
-    kernels = map(jax.nn.initializers.he_normal(), keys, shapes)
-    params = [(kernel, jnp.zeros(kernel.shape[1])) for kernel in kernels]
+    params = layers.init(jax.random.key(run.fold), (x.shape[1], *c.hidden, classes))
 
     def logits(params, index):
-        return predict(params, (x[index] - fold.mean) / fold.std)
+        return layers.predict(params, (x[index] - fold.mean) / fold.std)
 
-    def step(carry, index):
-        params, opt_state = carry
+    def loss_fn(params, opt_state, index):
+        z, y = logits(params, index), fold.labels[index]
+        each = jnp.stack([loss(z, y, fold) for loss in LOSSES.values()])[run.loss]
+        level = levels(jax.lax.stop_gradient(each), y, classes, get_temperature(opt_state))
+        each = each - jnp.where(run.within, level[y], 0)
+        return tilt(each, opt_state).mean(), (each, jnp.isfinite(each).all())
 
-        def loss_fn(params):
-            z, y = logits(params, index), fold.labels[index]
-            each = jnp.stack([loss(z, y, fold) for loss in LOSSES.values()])[run.loss]
-            level = levels(jax.lax.stop_gradient(each), y, classes, get_temperature(opt_state))
-            each = each - jnp.where(run.within, level[y], 0)
-            return tilt(each, opt_state).mean(), each
-
-        (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss, losses=each)
-        return (optax.apply_updates(params, updates), opt_state), jnp.isfinite(each).all()
-
-    (params, _), finite = jax.lax.scan(step, (params, tx.init(params)), fold.batches)
+    params, finite = layers.learn(tx, loss_fn, params, fold.batches)
     return logits(params, fold.evaluation), finite.all()
 
 

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from absgd_jax.losses import arb
-from benchmarks import online
+from benchmarks import layers, online
 from tests.support.commands import load
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
@@ -110,12 +110,12 @@ class TestPrequential:
 
     def test_replay(self, correct):
         """By optax alone, predicting before each update."""
-        params, tx = online.init(jax.random.key(0), 16, 64, 16), optax.sgd(0.1, momentum=0.9)
+        params, tx = layers.init(jax.random.key(0), (16, 64, 16)), optax.sgd(0.1, momentum=0.9)
 
         @jax.jit
         def step(params, opt_state, x, y):
             def loss_fn(params):
-                logits = online.predict(params, x)
+                logits = layers.predict(params, x)
                 losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
                 return losses.mean(), logits.argmax(axis=1) == y
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score
 
-from benchmarks import tabular
+from benchmarks import methods, tabular
 from benchmarks.tabular import Rule, Setting
 from tests.support.commands import load
 
@@ -131,7 +131,7 @@ class TestRules:
         """Less the level of its class the mean weight of a class is 1."""
         each = np.float32(np.random.default_rng(0).gamma(1.0, size=12))
         y = np.arange(12) % 3
-        level = np.asarray(tabular.levels(jnp.asarray(each), jnp.asarray(y), 3, jnp.float32(lam)))
+        level = np.asarray(methods.levels(jnp.asarray(each), jnp.asarray(y), 3, jnp.float32(lam)))
         weights = np.exp((each - level[y]) / lam)
         means = [(weights if lam < math.inf else each - level[y])[y == k].mean() for k in range(3)]
         np.testing.assert_allclose(means, 1 if lam < math.inf else 0, rtol=1e-5, atol=1e-6)
