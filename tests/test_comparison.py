@@ -128,6 +128,24 @@ def test_each_temperature(tmp_path, compare):
     assert pictures(tmp_path)["tradeoff.png"] > 0.05
 
 
+def test_draw():
+    """Class sizes are those that were asked for, and no image is met twice."""
+    train, test = np.arange(2000) % 4, np.arange(400) % 4
+    draw = longtail.make_draw(train, test, 0.125, 0.1, largest=80, tested=30)
+    kept, tested, _ = draw(0, False)
+    assert np.bincount(kept.label).tolist() == [80, 40, 20, 10]
+    assert np.bincount(tested.label).tolist() == [30] * 4
+    searched, held_out, clean = draw(0, True)
+    assert np.bincount(searched.label).tolist() == [80, 40, 20, 10]
+    assert np.bincount(held_out.label).tolist() == [50] * 4
+    assert np.bincount(clean.label).tolist() == [comparison.CLEAN] * 4
+    for parts in ((kept, tested), (searched, held_out, clean)):
+        index = np.concatenate([part.index for part in parts])
+        assert len(np.unique(index)) == len(index)
+    whole = longtail.make_draw(train, test, 0.125, 0.1)(0, False)
+    assert [np.bincount(part.label)[0] for part in whole[:2]] == [500, 100]
+
+
 @pytest.mark.parametrize(
     ("options", "losses", "gammas", "timed"),
     [
