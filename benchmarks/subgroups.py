@@ -31,17 +31,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import comparison, config, longtail, methods, report
-from benchmarks.comparison import Draw, SEARCH_SEED, SGD, Train
+from benchmarks.comparison import Draw, SEARCH_SEED, SGD, TEMPERATURE, Train
 from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, POSITIVE
 from benchmarks.methods import Batch, parse, Parts, Step, Way
 from benchmarks.training import Examples, Images, Task, Trained
 
-# What is chosen from: a number; for ABSGD, a λ as on the command line; for JTT and early weights,
-# behind the share of the epochs that the first model is trained for.
+# What is chosen from, beside λ; for JTT and early weights a number behind the share of the epochs
+# that the first model is trained for.
 GRIDS = {
-    "SGD": (SGD,),
-    "ABSGD": ("0.5", "2", "5", "0.5:0.5", "0.5:2"),
-    "ABSGD, automatic": ("ess0.5", "ess0.9", "0.5:ess0.5", "0.5:ess0.9"),
     "CVaR": ("0.1", "0.3", "0.6"),  # share
     "JTT": ("0.05:5", "0.05:20", "0.25:5", "0.25:20"),  # k
     "early weights": ("0.05:0.5", "0.25:0.5"),  # effective sample size
@@ -61,15 +58,28 @@ class Config(comparison.Config):
     validation: Annotated[float, INSIDE] = 0.2  # share of each subclass that is held out
     search_seeds: Annotated[int, FROM_1] = 2  # seeds of every setting of the search
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.03, 0.1, 0.3)  # to choose from
+    # as in benchmarks.longtail
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+        *("0.5", "2", "5", "0.5:0.5", "0.5:2"),
+        *("ess0.5", "ess0.9", "0.5:ess0.5", "0.5:ess0.9"),
+    )
     schedule: Literal["step", "cosine", "constant"] = "cosine"  # of the learning rate
     warm_up: Annotated[float, BELOW_1] = 0.0  # share of the epochs
+
+    @property
+    def grids(self) -> dict[str, tuple[str, ...]]:
+        """What there is to choose from, by method."""
+        automatic = tuple(filter(comparison.is_automatic, self.temperatures))
+        fixed = tuple(itertools.filterfalse(comparison.is_automatic, self.temperatures))
+        grids = {"SGD": (SGD,), "ABSGD": fixed, "ABSGD, automatic": automatic} | GRIDS
+        return {method: grid for method, grid in grids.items() if grid}
 
 
 class Setting(NamedTuple):
     """What a search chooses from."""
 
     method: str
-    text: str  # of GRIDS
+    text: str
     learning_rate: float
 
     @property
@@ -213,9 +223,8 @@ def train_each(
         of[setting.method].append(setting)
     found = fit(c, "plain", "cross_entropy", of["SGD"] + of["ABSGD"])
     found |= fit(c, "automatic", "cross_entropy", of["ABSGD, automatic"])
-    for share in GRIDS["CVaR"]:
-        those = [s for s in of["CVaR"] if s.text == share]
-        found |= fit(c, f"cvar:{share}", f"cvar:{share}", those)
+    for method, those in by_text("cvar", of["CVaR"]).items():
+        found |= fit(c, method, method, those)
     weights = dict.fromkeys(of["subclass weights"], told)
     seconds = of["JTT"] + of["early weights"]
     for share in sorted({s.share for s in seconds}):
@@ -228,11 +237,15 @@ def train_each(
             pairs = zip(trained.losses, trained.wrong, strict=True)
             weights[s] = [WEIGHTS[s.method](*pair, s.number) for pair in pairs]
     found |= fit(c, "weighted", "cross_entropy", list(weights), itertools.chain(*weights.values()))
-    for rate in GRIDS["group DRO"]:
-        those = [s for s in of["group DRO"] if s.text == rate]
-        method = f"cross_entropy+group_dro:{rate}"
-        found |= fit(c, f"group-dro:{rate}", method, those, told * len(those))
+    for method, those in by_text("cross_entropy+group_dro", of["group DRO"]).items():
+        found |= fit(c, method, method, those, told * len(those))
     return found
+
+
+def by_text(name: str, settings: list[Setting]) -> dict[str, list[Setting]]:
+    """The settings of each method, which is of that name."""
+    methods = dict.fromkeys(s.text for s in settings)
+    return {f"{name}:{text}": [s for s in settings if s.text == text] for text in methods}
 
 
 def scores(accuracy: np.ndarray, sizes: np.ndarray, rule: str) -> np.ndarray:
@@ -254,7 +267,7 @@ def compare(
     c: Config, images: Images, draw: Draw, train: Train
 ) -> tuple[list[Result], dict[str, Any]]:
     """Every method as each rule chose it, and what the rules saw."""
-    pairs = [(method, text) for method, grid in GRIDS.items() for text in grid]
+    pairs = [(method, text) for method, grid in c.grids.items() for text in grid]
     settings = [Setting(*pair, rate) for pair in pairs for rate in c.learning_rates]
     searched = train_each(c, "search", images, settings, draw, train)
     sizes = np.bincount(draw(SEARCH_SEED, True)[1].group)
@@ -268,7 +281,7 @@ def compare(
             (s for s in settings if s.method == method), key=lambda s: seen[s, rule]
         )
         for rule in RULES
-        for method in GRIDS
+        for method in c.grids
     }
     unique = list(dict.fromkeys(chosen.values()))
     final = train_each(c, "final", images, unique, draw, train)
@@ -311,7 +324,7 @@ def table(results: list[Result]) -> str:
 
 def plot(results: list[Result], path: pathlib.Path) -> None:
     """The rare subclasses: a dot a seed, and a line at their mean."""
-    names = list(GRIDS)
+    names = list(dict.fromkeys(r.setting.method for r in results))
     figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
     for i, (rule, color) in enumerate(zip(RULES, ("#0072B2", "#D55E00"), strict=True)):
         axes.scatter([], [], 20, color, label=f"chosen by {rule}")
