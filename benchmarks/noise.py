@@ -112,10 +112,7 @@ class Config(comparison.Config):
         *("0.2:-1", "0.2:-0.5"),
     )
     # symmetric, asymmetric or instance, and the share of wrong labels
-    noise: Annotated[tuple[str, ...], NOISE] = (
-        *("symmetric:0.2", "symmetric:0.4", "symmetric:0.6"),
-        "asymmetric:0.4",
-    )
+    noise: Annotated[tuple[str, ...], NOISE] = ("symmetric:0.4", "asymmetric:0.4")
     examples: Annotated[int | None, FROM_1] = None  # training examples of a run; all, if not given
 
 
