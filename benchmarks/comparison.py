@@ -48,7 +48,7 @@ from matplotlib.lines import Line2D
 
 SEARCH_SEED = 1000  # the first seed of the search; those that are reported start from 0
 SGD = "inf"
-CLEAN = 10  # examples of a class, for methods that have to be told
+CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
 PAPERS = {
     "model": "resnet32",
@@ -173,9 +173,9 @@ def load(config: Config) -> tuple[Split, Split]:
         return datasets.load(config.dataset, config.data_dir)
 
 
-def some_of_each(index: np.ndarray, labels: np.ndarray, most: int | None) -> np.ndarray:
-    """The first indices of every class."""
-    return np.concatenate([index[labels == c][:most] for c in np.unique(labels)])
+def of_each(index: np.ndarray, labels: np.ndarray, part: slice) -> np.ndarray:
+    """That part of the indices of every class."""
+    return np.concatenate([index[labels == c][part] for c in np.unique(labels)])
 
 
 def on_device(config: Config, train: Split, test: Split) -> Images:
@@ -347,7 +347,7 @@ def train_each(
     train: Train,
 ) -> dict[Setting, Trained]:
     """Trains each setting with each seed; those from SEARCH_SEED on are of the search."""
-    name, found = name.replace(":", "-"), {}  # which names files
+    found = {}
     for ending, group in programs(settings).items():
         runs = make_runs(config, task, group, seeds, draw)
         found |= by_setting(group, train(config, name + ending, task, runs))

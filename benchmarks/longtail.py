@@ -25,7 +25,7 @@ from matplotlib.axes import Axes
 from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks import comparison, report
-from benchmarks.comparison import Draw, Result, Setting
+from benchmarks.comparison import CLEAN, Draw, of_each, Result, Setting
 from benchmarks.config import ABOVE_0, FROM_1, FROM_2, NOT_NEGATIVE
 from benchmarks.methods import Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
@@ -110,14 +110,13 @@ def make_draw(
         if search:
             pool = rng.permutation(pool)
             size = int(validation * class_counts(labels[pool], classes).min())
-            by_class = [pool[labels[pool] == c] for c in range(classes)]
-            held_out = np.concatenate([members[:size] for members in by_class])
-            pool = np.concatenate([members[size:] for members in by_class])
+            parts = slice(size), slice(size, None)
+            held_out, pool = (of_each(pool, labels[pool], part) for part in parts)
         else:
-            held_out = comparison.some_of_each(held_out, labels[held_out], tested)
+            held_out = of_each(held_out, labels[held_out], slice(tested))
         kept = pool[long_tailed_indices(labels[pool], imbalance, max_count=largest, seed=rng)]
         order = np.concatenate([np.setdiff1d(pool, kept), kept])  # those that are left first
-        clean = comparison.some_of_each(order, labels[order], comparison.CLEAN)
+        clean = of_each(order, labels[order], CLEAN)
         return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out, clean))
 
     return draw

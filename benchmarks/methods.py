@@ -136,7 +136,7 @@ def within(parts: Parts, params: Any, memory: Any, batch: Batch) -> Step:
     return plain(parts._replace(loss=loss), params, memory, batch)
 
 
-def reweighted(algorithm: Callable[..., Any], init: Callable[..., Any] = lambda *_: ()) -> Way:
+def reweighted(algorithm: Callable[..., Any]) -> Callable[[Parts, Any, Any, Batch], Step]:
     def step(parts, params, memory, batch):
         def losses(x, y):
             return lambda params: parts.loss(parts.logits(params, x)[0], y)
@@ -151,12 +151,12 @@ def reweighted(algorithm: Callable[..., Any], init: Callable[..., Any] = lambda 
         weighted = parts._replace(mean=lambda losses: meta.weighted(losses, weights))
         return plain(weighted, params, memory, batch)
 
-    return Way(step, init)
+    return step
 
 
 def meta_weight_net(meta_rate: float = 0.1) -> Way:
     algorithm = functools.partial(meta.meta_weight_net, meta_rate=meta_rate)
-    return reweighted(algorithm, lambda *_: meta.init_weight_net(jax.random.key(0)))
+    return Way(reweighted(algorithm), lambda *_: meta.init_weight_net(jax.random.key(0)))
 
 
 # Of their knobs.
@@ -165,7 +165,7 @@ WAYS: dict[str, Callable[..., Way]] = {
     "mixup": mixup,
     "sam": sam,
     "elr": elr,
-    "l2rw": lambda: reweighted(meta.l2rw_forward),
+    "l2rw": lambda: Way(reweighted(meta.l2rw_forward)),
     "meta_weight_net": meta_weight_net,
     "within": lambda: Way(within),
 }

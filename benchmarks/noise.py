@@ -28,7 +28,7 @@ from sklearn.metrics import roc_auc_score
 from absgd_jax import losses
 from absgd_jax.data import flip_labels
 from benchmarks import comparison, report
-from benchmarks.comparison import Draw, Result, TEMPERATURE
+from benchmarks.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
 from benchmarks.config import FROM_1, Must, POSITIVE, readable
 from benchmarks.datasets import Split
 from benchmarks.methods import Loss, must_be_method, parse
@@ -156,7 +156,7 @@ def make_draw(train: Split, test: Split, noise: str, size: int | None, validatio
                 right, float(rate), kind=kind, num_classes=classes, seed=rng
             )
         held_out = round(validation * len(index)) if search else 0
-        told = comparison.some_of_each(index[held_out:], right[held_out:], comparison.CLEAN)
+        told = of_each(index[held_out:], right[held_out:], CLEAN)
         told = Examples(told, train.labels[told], np.zeros_like(told))
         noisy = Examples(*(x[held_out:] for x in (index, labels, wrong.astype(np.int32))))
         if search:
@@ -236,9 +236,8 @@ def main() -> None:
     with comparison.session(config, draws[config.noise[0]], sizes) as trainer:
         for noise, draw in draws.items():
             for name in config.methods:
-                label = f"{noise.replace(':', '-')}-{name}"
                 task = Task(images, classes, 2, classes, parse(name, LOSSES))
-                compared = comparison.compare(config, label, task, draw, trainer)
+                compared = comparison.compare(config, f"{noise}-{name}", task, draw, trainer)
                 pairs = [(r._replace(loss=name), find(r, draw)) for r in compared]
                 results[noise.replace(":", " "), name] = pairs
                 if jax.process_index() == 0:

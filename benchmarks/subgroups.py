@@ -31,7 +31,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import comparison, config, longtail, methods, report
-from benchmarks.comparison import Draw, SEARCH_SEED, SGD, TEMPERATURE, Train
+from benchmarks.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
 from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, POSITIVE
 from benchmarks.methods import Batch, parse, Parts, Step, Way
 from benchmarks.training import Examples, Images, Task, Trained
@@ -82,15 +82,6 @@ class Setting(NamedTuple):
     text: str
     learning_rate: float
 
-    @property
-    def share(self) -> float:
-        """Of the epochs, that the first model is trained for."""
-        return float(self.text.partition(":")[0])
-
-    @property
-    def number(self) -> float:
-        return float(self.text.rpartition(":")[2])
-
 
 def make_draw(
     train: np.ndarray, test: np.ndarray, rare: float, most: int | None, validation: float
@@ -117,7 +108,7 @@ def make_draw(
         tested = len(train) + np.flatnonzero(group[len(train) :] < len(sizes))
         if search:
             tested = tested[:0]
-        clean = comparison.some_of_each(held_out, group[held_out] // 2, comparison.CLEAN)
+        clean = of_each(held_out, group[held_out] // 2, CLEAN)
         evaluated = np.concatenate([held_out, tested])
         offset = np.int32(len(sizes)) * (evaluated >= len(train))
         return (
@@ -190,7 +181,6 @@ def train_each(
     """Trains each setting with each seed of the phase, and the first models that settings need."""
     search = phase == "search"
     seeds = range(SEARCH_SEED, SEARCH_SEED + c.search_seeds) if search else range(c.seeds)
-    draw = functools.cache(draw)
     group = [draw(seed, search)[0].group for seed in seeds]
     groups = int(group[0].max()) + 1
     evaluated = groups if search else 2 * groups
@@ -215,7 +205,7 @@ def train_each(
         runs = comparison.make_runs(c, task, tuned, seeds, draw)
         if weights is not None:
             runs = [run._replace(weight=w) for run, w in zip(runs, weights, strict=True)]
-        trained = train(c, f"{name}-{phase}".replace(":", "-"), task, runs)
+        trained = train(c, f"{name}-{phase}", task, runs)
         return comparison.by_setting(settings, trained)
 
     of = collections.defaultdict(list)
@@ -226,16 +216,17 @@ def train_each(
     for method, those in by_text("cvar", of["CVaR"]).items():
         found |= fit(c, method, method, those)
     weights = dict.fromkeys(of["subclass weights"], told)
-    seconds = of["JTT"] + of["early weights"]
-    for share in sorted({s.share for s in seconds}):
-        those = [s for s in seconds if s.share == share]
+    # The share of the epochs that the first model is trained for, and a number.
+    seconds = {s: comparison.stages(s.text)[0] for s in of["JTT"] + of["early weights"]}
+    for share in sorted({share for share, _ in seconds.values()}):
+        those = [s for s in seconds if seconds[s][0] == share]
         firsts = list(dict.fromkeys(s._replace(method="SGD", text=SGD) for s in those))
         shortened = dataclasses.replace(c, epochs=max(1, round(share * c.epochs)))
         first = fit(shortened, f"first-{share}", "cross_entropy", firsts)
         for s in those:
             trained = first[s._replace(method="SGD", text=SGD)]
             pairs = zip(trained.losses, trained.wrong, strict=True)
-            weights[s] = [WEIGHTS[s.method](*pair, s.number) for pair in pairs]
+            weights[s] = [WEIGHTS[s.method](*pair, seconds[s][1]) for pair in pairs]
     found |= fit(c, "weighted", "cross_entropy", list(weights), itertools.chain(*weights.values()))
     for method, those in by_text("cross_entropy+group_dro", of["group DRO"]).items():
         found |= fit(c, method, method, those, told * len(those))
@@ -360,7 +351,9 @@ def main() -> None:
     c = config.read(Config, __doc__)
     train, test = comparison.load(c)
     with config.refusing():
-        draw = make_draw(train.labels, test.labels, c.rare, c.examples, c.validation)
+        draw = functools.cache(
+            make_draw(train.labels, test.labels, c.rare, c.examples, c.validation)
+        )
     images = comparison.on_device(c, train, test)
     with comparison.session(c, draw) as trainer:
         results, seen = compare(c, images, draw, trainer)

@@ -403,7 +403,7 @@ def train(
         examples = len(runs[0].train.label)
         return compile_program(config, make_program(config, task, examples, frozen=frozen))
 
-    parts = []
+    parts, name = [], name.replace(":", "-")  # which names files
     for i in range(0, len(runs), config.runs_at_once):
         done = config.out / "runs" / f"{name}-{i}.npz"
         folder = config.out / "checkpoints" / done.stem

@@ -138,7 +138,7 @@ def test_draw():
     searched, held_out, clean = draw(0, True)
     assert np.bincount(searched.label).tolist() == [80, 40, 20, 10]
     assert np.bincount(held_out.label).tolist() == [50] * 4
-    assert np.bincount(clean.label).tolist() == [comparison.CLEAN] * 4
+    assert np.bincount(clean.label).tolist() == [10] * 4
     for parts in ((kept, tested), (searched, held_out, clean)):
         index = np.concatenate([part.index for part in parts])
         assert len(np.unique(index)) == len(index)
