@@ -25,7 +25,8 @@ def whole_number(least: int) -> Condition:
 
 
 def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
-    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+    wide = jnp.issubdtype(dtype, jnp.inexact) and dtype.itemsize >= 4
+    return dtype if wide else jnp.dtype(jnp.float32)
 
 
 def is_concrete(x: object) -> bool:
@@ -91,24 +92,6 @@ def as_mask(where: ArrayLike, shape: tuple[int, ...], of: str = "losses") -> jax
             "broadcast it with jnp.broadcast_to if that is meant."
         )
     return where
-
-
-def as_value(value: ArrayLike | None) -> jax.Array:
-    """The ``value`` of an update, a scalar."""
-    if value is None:
-        raise TypeError(
-            "value is missing; attention needs the loss that the updates are the gradient of: "
-            "tx.update(grads, state, params, value=loss). Where an optax wrapper drops it, chain "
-            "absgd_jax.scale_by_attention in front of that wrapper, or use absgd_jax.accumulate in "
-            "place of optax.MultiSteps."
-        )
-    value = as_array("value", value)
-    if value.shape != ():
-        raise ValueError(
-            f"value must be a scalar, got shape {value.shape}; pass the mean of "
-            "tilt(losses, opt_state), not the losses."
-        )
-    return value
 
 
 def check_state(state: object, kind: type) -> None:

@@ -1,6 +1,6 @@
 """The state of the attention, wherever it sits in an optimiser's state, and the λ in it."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import check_number, Condition
+from absgd_jax._checks import at_least_float32, check_number, Condition
 
 # From here on |λ| is inf: l / λ and 1 / λ would be denormal, which XLA flushes to zero.
 INFINITE = 1e30
@@ -20,9 +20,11 @@ TEMPERATURE: Condition = (
     f"be {SMALLEST:g} or more, or -{SMALLEST:g} or less",
 )
 
+_Kind = TypeVar("_Kind")
+
 
 class AttentionState(NamedTuple):
-    """State of :func:`scale_by_attention`: five scalars.
+    """State of :func:`scale_by_attention`: four scalars.
 
     Attributes:
       count: Number of updates so far.
@@ -30,23 +32,21 @@ class AttentionState(NamedTuple):
       baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch the
         last mean loss, or 0.
       averaged: Number of weighted batches that V is an average of; 0 at γ = 1, which averages none.
-      given: The λ that the optimiser was last given. Where it is given another, as by a schedule or
-        ``optax.inject_hyperparams``, that replaces ``temperature``.
     """
 
     count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
     temperature: ArrayLike  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
     baseline: ArrayLike  # shape=(), dtype as temperature
     averaged: ArrayLike  # shape=(), dtype=jnp.int32
-    given: ArrayLike  # shape=(), dtype as temperature
 
 
 def get_temperature(opt_state: optax.OptState) -> jax.Array:
     """Temperature for the next loss, wherever the attention sits in the optimiser's state.
 
-    ``optax.tree.set(opt_state, temperature=...)`` sets it. ``optax.tree.get`` finds two of that
-    name where ``optax.inject_hyperparams`` keeps one, too; there a new value of
-    ``opt_state.hyperparams["temperature"]`` is followed from the next update on.
+    ``optax.tree.set(opt_state, temperature=...)`` sets it: a number for good, any other temperature
+    for the next step. ``optax.tree.get`` finds two of that name where ``optax.inject_hyperparams``
+    keeps one, too; there a new value of ``opt_state.hyperparams["temperature"]`` is followed from
+    the next update on.
 
     Args:
       opt_state: State of a transformation that holds one :func:`scale_by_attention`, alone or
@@ -64,43 +64,54 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
       >>> opt_state = absgd(0.1, temperature=5.0).init(jnp.zeros(3))
       >>> print(get_temperature(opt_state))
       5.0
-      >>> opt_state = optax.tree.set(opt_state, temperature=jnp.float32(2.0))
+      >>> opt_state = optax.tree.set(opt_state, temperature=2)
       >>> print(get_temperature(opt_state))
       2.0
     """
-    return sound(find(opt_state).temperature)
+    return clamped(attention_of(opt_state).temperature)
 
 
-def find(opt_state: optax.OptState) -> AttentionState:
+def attention_of(opt_state: optax.OptState) -> AttentionState:
     """The attention's state inside the optimiser's."""
+    return the_one(
+        AttentionState,
+        "opt_state",
+        opt_state,
+        "pass the state of absgd, abadam or scale_by_attention, or of what wraps it. To train parts "
+        "of a model apart, put one scale_by_attention in front of optax.partition.",
+    )
 
-    def is_attention(node: Any) -> bool:
-        return isinstance(node, AttentionState)
 
-    leaves = jax.tree.leaves(opt_state, is_leaf=is_attention)
-    found = [leaf for leaf in leaves if is_attention(leaf)]
+def all_of(kind: type[_Kind], tree: Any) -> list[_Kind]:
+    leaves = jax.tree.leaves(tree, is_leaf=lambda node: isinstance(node, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def the_one(kind: type[_Kind], name: str, tree: Any, remedy: str) -> _Kind:
+    """The one node of that kind in the argument of that name."""
+    found = all_of(kind, tree)
     if len(found) != 1:
-        got = f"{len(found)} AttentionState"
-        if not found and len(leaves) == 1 and leaves[0] is opt_state:
-            got = repr(opt_state)
-        raise ValueError(
-            f"opt_state must hold one AttentionState, got {got}; pass the state of absgd, abadam "
-            "or scale_by_attention, or of what wraps it. To train parts of a model apart, put one "
-            "scale_by_attention in front of optax.partition."
-        )
-    state: AttentionState = found[0]
-    return state
+        got = f"{len(found)} {kind.__name__}"
+        if not found and [id(leaf) for leaf in jax.tree.leaves(tree)] == [id(tree)]:
+            got = repr(tree)
+        raise ValueError(f"{name} must hold one {kind.__name__}, got {got}; {remedy}")
+    return found[0]
 
 
-def sound(lam: ArrayLike) -> jax.Array:
-    """λ as it is used: not between -1e-6 and 1e-6."""
+def clamped(lam: ArrayLike) -> jax.Array:
+    """λ as it is used: floating point, and not between -1e-6 and 1e-6."""
     lam = jnp.asarray(lam)
+    lam = lam.astype(at_least_float32(lam.dtype))
     return jnp.where(jnp.abs(lam) < SMALLEST, jnp.where(lam < 0, -SMALLEST, SMALLEST), lam)
 
 
-def is_flat(lam: jax.Array) -> jax.Array:
-    """Whether λ counts as infinite."""
+def is_infinite(lam: jax.Array) -> jax.Array:
     return jnp.abs(lam) >= INFINITE
+
+
+def unit(lam: jax.Array, baseline: jax.Array) -> jax.Array:
+    """λ; or in the place of ∞, for the divergences that fall as 1 / λ² there, the losses' size."""
+    return jnp.where(is_infinite(lam), jnp.copysign(jnp.abs(baseline) + 1, lam), lam)
 
 
 def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None:

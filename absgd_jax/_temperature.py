@@ -17,25 +17,48 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import check_number, NOT_NEGATIVE, POSITIVE, whole_number
-from absgd_jax._state import AttentionState, check_temperature, is_flat, SMALLEST, sound
-from absgd_jax._tilt import divergence, far, Moments
+from absgd_jax._checks import check_number, is_concrete, POSITIVE, whole_number
+from absgd_jax._state import (
+    AttentionState,
+    check_temperature,
+    clamped,
+    is_infinite,
+    SMALLEST,
+    unit,
+)
+from absgd_jax._tilt import Divergences
 
 _MAX_STEP = float(np.log(2))  # of log |λ| in one update
+_SETTLED = 1e-3
 
 
 class Temperature(NamedTuple):
-    """What an optimiser asks of a temperature.
+    """A temperature: what λ is at first, and what it is next.
+
+    A rule of your own is a pair of functions, passed where a number is. The leaf ``temperature`` of
+    the state is λ: ``update`` is given the state that was used, whoever has set it, and what it
+    returns is written.
 
     Attributes:
       init: ``init() -> λ`` of the first step.
-      update: ``update(state, moments) -> (state, factor)`` with the λ of the next step, and what
-        the gradients of this one are multiplied by. ``state.count`` is the number of this step.
-      automatic: Whether it needs the moments, and so the losses.
+      update: ``update(state, divergences) -> λ`` of the next step. ``state`` is the
+        :class:`AttentionState` of this one, ``state.count`` its number; ``divergences.chi2``, which
+        is 1 / ESS - 1, and ``divergences.kl`` are those of this batch's weights at its λ, and while
+        that is ±∞ at ``abs(state.baseline) + 1``, from where they fall as 1 / λ². They are 0 where
+        the batch doesn't tell, and inf where all of it is out of the range of λ.
+      automatic: Whether it follows the batches: ``debias``, ``damping`` and ``max_jump`` then have
+        other defaults.
+
+    Examples:
+      >>> import jax.numpy as jnp
+      >>> from absgd_jax import absgd, get_temperature, Temperature
+      >>> halved = Temperature(lambda: 4.0, lambda state, divergences: state.temperature / 2)
+      >>> print(get_temperature(absgd(0.1, halved).init(jnp.zeros(3))))
+      4.0
     """
 
     init: Callable[[], ArrayLike]
-    update: Callable[[AttentionState, Moments | None], tuple[AttentionState, ArrayLike]]
+    update: Callable[[AttentionState, Divergences], ArrayLike]
     automatic: bool = False
 
 
@@ -46,21 +69,28 @@ def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Tempera
     if not callable(temperature):
         check_temperature(temperature)
 
-    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
-        before = jnp.asarray(state.temperature)
-        # A copy and not the caller's, as the state may be donated.
-        given = jnp.array(at(temperature, state.count + 1), before.dtype)
+    def update(state: AttentionState, divergences: Divergences) -> ArrayLike:
+        if is_concrete(temperature) and not callable(temperature):
+            return state.temperature
         # What falls to 0 stops short of it, on the side where it was.
-        lam = jnp.where(given == 0, jnp.sign(before) * SMALLEST, given)
-        lam = jnp.where(given == state.given, before, lam)
-        return state._replace(temperature=lam, given=given), 1
+        lam = jnp.asarray(value_at("temperature", temperature, state.count + 1))
+        before = clamped(state.temperature)
+        return jnp.where(lam == 0, jnp.copysign(SMALLEST, before), lam.astype(before.dtype))
 
-    return Temperature(lambda: at(temperature, 0), update)
+    return Temperature(lambda: value_at("temperature", temperature, 0), update)
 
 
-def at(value: optax.ScalarOrSchedule, count: ArrayLike) -> ArrayLike:
-    """A number, or what a schedule is after so many updates."""
-    return value(count) if callable(value) else value
+def value_at(name: str, value: optax.ScalarOrSchedule, count: ArrayLike) -> ArrayLike:
+    """A number, or what the schedule of that name is after so many updates."""
+    if not callable(value):
+        return value
+    scalar = value(count)
+    if jnp.shape(scalar) != ():
+        raise ValueError(
+            f"{name} must be a schedule of scalars, got shape {jnp.shape(scalar)}; index it, or "
+            "run several under jax.vmap."
+        )
+    return scalar
 
 
 def two_stage(
@@ -75,7 +105,9 @@ def two_stage(
     Args:
       temperature: λ of the second stage: a number, a 0-d array, a schedule, whose steps count from
         its start, or automatic.
-      begin: Number of updates in the first stage.
+      begin: Number of updates in the first stage. In the second, a number or an automatic
+        temperature starts wherever λ is infinite: in a state from a longer first stage, or one in
+        which λ was set to ``jnp.inf``.
 
     Returns:
       A temperature, for :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`.
@@ -86,13 +118,13 @@ def two_stage(
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> from absgd_jax import absgd, get_temperature, two_stage
+      >>> from absgd_jax import absgd, get_temperature, two_stage, zero_sums
       >>> tx = absgd(0.1, two_stage(5.0, begin=2))
       >>> params = jnp.zeros(3)
       >>> opt_state = tx.init(params)
       >>> for _ in range(4):
       ...   print(get_temperature(opt_state))
-      ...   _, opt_state = tx.update(params, opt_state, value=1.0)
+      ...   _, opt_state = tx.update(params, opt_state, sums=zero_sums())
       inf
       inf
       5.0
@@ -104,21 +136,24 @@ def two_stage(
     check_number("begin", begin, whole_number(0), "it is a number of updates")
     second = as_temperature(temperature)
 
-    def plain(first: ArrayLike) -> jax.Array:
-        return jnp.copysign(jnp.inf, jnp.asarray(first, float))
+    def start() -> jax.Array:
+        return jnp.asarray(second.init(), float)
 
     def init() -> ArrayLike:
-        first = second.init()
-        return jnp.where(jnp.greater(begin, 0), plain(first), first)
+        return jnp.where(jnp.greater(begin, 0), jnp.copysign(jnp.inf, start()), start())
 
-    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
+    def update(state: AttentionState, divergences: Divergences) -> ArrayLike:
+        before = clamped(state.temperature)
+        first = start().astype(before.dtype)
         count = jnp.asarray(state.count) - begin
-        first = jnp.asarray(second.init(), jnp.result_type(state.temperature))
-        new, factor = second.update(state._replace(count=count), sums)
         # It starts at its first λ; but if that is infinite this batch may tune it already.
-        lam = jnp.where((count == -1) & ~is_flat(first), first, new.temperature)
-        lam = jnp.where(count < -1, plain(first), lam)
-        return new._replace(count=state.count, temperature=lam), factor
+        starts = ((count == -1) | is_infinite(before)) & ~is_infinite(first)
+        lam = second.update(
+            state._replace(count=count, temperature=jnp.where(starts, first, before)),
+            Divergences(*(jnp.where(starts, 0, d) for d in divergences)),
+        )
+        lam = jnp.asarray(lam).astype(before.dtype)
+        return jnp.where(count < -1, jnp.copysign(jnp.inf, first), lam)
 
     return Temperature(init, update, second.automatic)
 
@@ -128,7 +163,6 @@ def target_ess(
     *,
     init_value: float | jax.Array = jnp.inf,
     rate: float | jax.Array = 0.1,
-    damping: float | jax.Array = 2.0,
 ) -> Temperature:
     r"""Temperature that holds the effective sample size of the batch on target.
 
@@ -142,13 +176,14 @@ def target_ess(
     an infinite λ it goes where a normal distribution of the losses would have the target.
 
     Pass it as the ``temperature`` of :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`,
-    or of :func:`two_stage`. The losses that it needs are one more argument of the update,
-    ``tx.update(grads, state, params, value=loss, losses=losses)``: as they are, not tilted.
+    or of :func:`two_stage`.
 
     A batch moves λ by a factor of 2 at most. It leaves λ as it is where the weights say nothing:
     all losses equal, one example, all masked, or a loss that is not finite. Over batches the mean
-    of log(1 / ESS - 1) is on target. A target below 2 / (n + 1), which a batch of n may be too
-    small for, is replaced by it, and λ stays 1e-6 away from 0.
+    of log(1 / ESS - 1) is on target. A target may be out of reach: half of a batch whose losses are
+    all the same but for a quarter of them, or of two examples. So |λ| stops falling where the
+    weights of a part of the batch are equal and all others 0, to a thousandth: where log(1 / ESS)
+    and KL, which then agree, differ by less than that share of it.
 
     The target bounds what a class can gain: the weight of a share f of the batch grows at most by
 
@@ -168,9 +203,6 @@ def target_ess(
         easy ones.
       rate: Gain of the update, in (0, 0.5]. With the default λ settles within 50 steps from 100
         times too small or too large.
-      damping: At :math:`\lambda > 0` the gradients are divided by :math:`1 + \text{damping}
-        \sqrt{1 / \mathrm{ESS} - 1}`. Weight on hard examples makes them longer, most of all in a
-        batch with larger losses than those before it. 0 for no damping.
 
     Returns:
       An automatic temperature.
@@ -181,19 +213,20 @@ def target_ess(
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
-      >>> from absgd_jax import absgd, diagnostics, target_ess, tilt
+      >>> from absgd_jax import absgd, diagnostics, Sums, target_ess, tilt
       >>> x = jax.random.normal(jax.random.key(0), (100,))
       >>> y = 3 * x + jax.random.normal(jax.random.key(1), (100,))
       >>> tx = absgd(0.02, target_ess(0.5))
       >>> w = jnp.float32(0.0)
       >>> opt_state = tx.init(w)
-      >>> def loss_fn(w, opt_state):
+      >>> def loss_fn(w, sums, opt_state):
       ...   losses = (x * w - y) ** 2
-      ...   return tilt(losses, opt_state).mean(), losses
+      ...   return tilt(losses, opt_state, sums).mean(), losses
       >>> @jax.jit
       ... def step(w, opt_state):
-      ...   (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(w, opt_state)
-      ...   updates, opt_state = tx.update(grads, opt_state, w, value=loss, losses=losses)
+      ...   grad_fn = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+      ...   (grads, sums), losses = grad_fn(w, Sums(), opt_state)
+      ...   updates, opt_state = tx.update(grads, opt_state, w, sums=sums)
       ...   return optax.apply_updates(w, updates), opt_state, losses
       >>> for _ in range(60):
       ...   w, opt_state, losses = step(w, opt_state)
@@ -202,7 +235,7 @@ def target_ess(
     """
     inside = lambda x: 0 < x < 1, "lie in (0, 1)"
     check_number("fraction", fraction, inside, "it is the effective share of the batch")
-    return _automatic("chi2", 1 / fraction - 1, init_value, rate, damping)
+    return _automatic("chi2", 1 / fraction - 1, init_value, rate)
 
 
 def target_kl(
@@ -210,7 +243,6 @@ def target_kl(
     *,
     init_value: float | jax.Array = jnp.inf,
     rate: float | jax.Array = 0.1,
-    damping: float | jax.Array = 2.0,
 ) -> Temperature:
     r"""Temperature that holds the weights' divergence from the plain mean on target.
 
@@ -227,13 +259,11 @@ def target_kl(
       \min_{\lambda > 0} F_\lambda + \lambda \cdot \text{radius}
         = \max_{p:\, \mathrm{KL}(p \| 1/n) \leq \text{radius}} \sum_i p_i l_i
 
-    In everything else it is as :func:`target_ess`: how it is passed and given the losses, and which
-    batches leave λ as it is. A target above log(n) / 2, which a batch of n may be too small for, is
-    replaced by it.
+    In everything else it is as :func:`target_ess`.
 
     Args:
       radius: Target of KL, positive, in nats: near 0 the examples have almost equal weights.
-      init_value, rate, damping: As in :func:`target_ess`.
+      init_value, rate: As in :func:`target_ess`.
 
     Returns:
       An automatic temperature.
@@ -243,13 +273,14 @@ def target_kl(
       TypeError: ``init_value`` is not a number.
 
     Examples:
-      >>> import jax.numpy as jnp
-      >>> from absgd_jax import diagnostics, scale_by_attention, target_kl, tilt
+      >>> import jax, jax.numpy as jnp
+      >>> from absgd_jax import diagnostics, scale_by_attention, Sums, target_kl, tilt
       >>> losses = jnp.array([0.1, 0.2, 3.0, 1.0])
       >>> tx = scale_by_attention(target_kl(0.1))
       >>> state = tx.init(None)
       >>> for _ in range(60):
-      ...   _, state = tx.update(None, state, value=tilt(losses, state).mean(), losses=losses)
+      ...   sums = jax.grad(lambda sums: tilt(losses, state, sums).mean())(Sums())
+      ...   _, state = tx.update(None, state, sums=sums)
       >>> print(f"{diagnostics.summary(losses, state)['kl_divergence']:.3f}")
       0.100
 
@@ -258,7 +289,7 @@ def target_kl(
       <https://arxiv.org/abs/2210.05740>`_, TMLR 2023
     """
     check_number("radius", radius, POSITIVE, "near 0 the weights are almost equal")
-    return _automatic("kl", radius, init_value, rate, damping)
+    return _automatic("kl", radius, init_value, rate)
 
 
 def _automatic(
@@ -266,30 +297,26 @@ def _automatic(
     target: float | jax.Array,
     init_value: float | jax.Array,
     rate: float | jax.Array,
-    damping: float | jax.Array,
 ) -> Temperature:
     check_temperature(init_value, name="init_value")
     slow = lambda x: 0 < x <= 0.5, "lie in (0, 0.5]"
     check_number("rate", rate, slow, "a larger one overshoots")
-    check_number("damping", damping, NOT_NEGATIVE)
 
-    def update(state: AttentionState, sums: Moments | None) -> tuple[AttentionState, ArrayLike]:
-        assert sums is not None  # as it is automatic
-        chi2, kl = divergence(sums)
-        n, lam = sums.n, sound(state.temperature).astype(chi2.dtype)
-        reached, reachable = (chi2, (n - 1) / 2) if measure == "chi2" else (kl, jnp.log(n) / 2)
-        aim = jnp.minimum(jnp.asarray(target, lam.dtype), jnp.maximum(reachable, SMALLEST))
-        ratio = reached / aim
+    def update(state: AttentionState, divergences: Divergences) -> ArrayLike:
+        reached: jax.Array = getattr(divergences, measure)
+        dtype = reached.dtype
+        lam = clamped(state.temperature).astype(dtype)
+        ratio = reached / jnp.asarray(target, dtype)
+        # The more of the weights' spread is that of a part and the rest of the batch, the less does
+        # λ change it.
+        size = jnp.log1p(divergences.chi2)
+        settled = (ratio < 1) & ~is_infinite(lam) & (size - divergences.kl < _SETTLED * size)
         # Below the smallest normal number the compiler may take it for 0, whose logarithm is -inf.
-        moves = ratio >= float(np.finfo(lam.dtype).tiny)
+        moves = (ratio >= float(np.finfo(dtype).tiny)) & ~settled
         excess = jnp.log(jnp.where(moves, ratio, 1))
-        flat = is_flat(lam)
-        step = jnp.clip(jnp.asarray(rate, lam.dtype) * excess, -_MAX_STEP, _MAX_STEP)
-        tuned = far(lam) * jnp.exp(jnp.where(flat, excess / 2, step))
-        # Of weights that are not in use, or lean on easy examples, nothing needs damping.
-        damped = moves & (lam > 0) & ~flat
-        spread = jnp.sqrt(jnp.where(damped, chi2, 0))
-        factor = 1 / (1 + jnp.asarray(damping, lam.dtype) * spread)
-        return state._replace(temperature=jnp.where(moves, tuned, lam)), factor
+        step = jnp.clip(jnp.asarray(rate, dtype) * excess, -_MAX_STEP, _MAX_STEP)
+        step = jnp.where(is_infinite(lam), excess / 2, step)
+        start = unit(lam, jnp.asarray(state.baseline).astype(dtype))
+        return jnp.where(moves, start * jnp.exp(step), lam)
 
     return Temperature(lambda: init_value, update, automatic=True)

@@ -1,4 +1,4 @@
-"""One batch is one batch, however its mean is taken: one run, held to NumPy's after 50 steps."""
+"""One batch is one batch, however a loss is made of it: one run, held to NumPy's after 50 steps."""
 
 import functools
 import re
@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import absgd, target_ess
+from absgd_jax import absgd, Sums, tilt
 from tests.support import layouts
 
 DEVICES = 8
@@ -33,17 +33,23 @@ def precision(request):
     jax.config.update("jax_enable_x64", False)
 
 
-def check(train, precision, place=lambda params, batches: (params, batches), temperatures=None):
+def check(
+    train,
+    precision,
+    place=lambda params, batches: (params, batches),
+    temperatures=None,
+    expected=EXPECTED,
+):
     """Holds ``train(params, batches, temperature)`` to NumPy's run, at each temperature."""
     dtype, tolerance = precision
     # In float32, where rounding is tested, automatic ones alone: they do all that fixed ones do.
     for temperature in temperatures or TEMPERATURES[2 if dtype == np.float32 else 0 :]:
         placed = place(*layouts.problem(dtype))
         params, state = train(*placed, jax.tree.map(dtype, temperature))
-        expected_params, lam, baseline = EXPECTED[temperature]
-        for k, expected in expected_params.items():
+        expected_params, lam, baseline = expected[temperature]
+        for k, e in expected_params.items():
             np.testing.assert_allclose(
-                params[k], expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=k
+                params[k], e, rtol=0, atol=tolerance * np.abs(e).max(), err_msg=k
             )
         np.testing.assert_allclose(state.temperature, lam, rtol=tolerance)
         np.testing.assert_allclose(state.baseline, baseline, rtol=tolerance)
@@ -64,8 +70,95 @@ def put(mesh, model, params, batches):
     return params, (*rows, *jax.device_put((counts, totals), NamedSharding(mesh, P())))
 
 
-def test_one_device(precision):
-    check(jax.jit(layouts.train), precision)
+def total(batch):
+    return batch[-1]
+
+
+def of(loss, factor=lambda batch: 1):
+    """Training by another loss, whose gradients are divided by that factor."""
+    gradients = functools.partial(layouts.gradients, loss=loss)
+    return functools.partial(layouts.train, gradients=layouts.undone(gradients, factor))
+
+
+LOSSES = {
+    "weighted_mean": layouts.train,
+    "times_mask_over_garbage": of(layouts.times_mask_over_garbage),
+    "where_over_nan": of(layouts.where_over_nan),
+    "with_a_constant": of(layouts.with_a_constant),
+    "weighted_sum": of(layouts.weighted_sum, factor=total),
+    "scaled": of(layouts.scaled, factor=lambda batch: 1024),
+    "twice": of(layouts.twice),
+    "remat": functools.partial(layouts.train, gradients=jax.checkpoint(layouts.gradients)),
+    "closure": functools.partial(layouts.train, closure=True),
+    "micro_batches_by_hand": functools.partial(
+        layouts.train, gradients=functools.partial(layouts.by_hand, k=8)
+    ),
+    "beside": layouts.beside(layouts.train),
+    # As noise on all parameters leaves them; their value is of no consequence.
+    "beside_at_7": layouts.beside(layouts.train, value=7.0),
+    "beside_behind_a_clip": layouts.beside(
+        functools.partial(layouts.train, before=lambda: optax.clip_by_global_norm(1e3))
+    ),
+}
+# The oldest optax that is tested has no microbatch.
+if hasattr(optax, "microbatch"):
+    LOSSES["microbatch"] = functools.partial(
+        layouts.train, gradients=functools.partial(layouts.by_optax, k=8)
+    )
+
+
+@pytest.mark.parametrize("form", LOSSES)
+def test_one_device(form, precision):
+    # A closure's V differs from the newest one by more than float32 has digits for.
+    if form == "closure" and precision[0] == np.float32:
+        precision = np.float32, 1e-4
+    # What was tuned after the closure was made is unknown to it.
+    temperatures = TEMPERATURES[:2] if form == "closure" else None
+    check(jax.jit(LOSSES[form]), precision, temperatures=temperatures)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "penalty"),
+    [
+        (lambda p: layouts.PENALTY * p, lambda p: layouts.PENALTY / 2 * jnp.sum(p**2)),
+        (
+            lambda p: layouts.PENALTY * np.where(p >= 0, 1, -1),
+            lambda p: layouts.PENALTY * jnp.sum(jnp.abs(p)),
+        ),
+        (
+            lambda p: layouts.PENALTY * (p - 1),
+            lambda p: layouts.PENALTY / 2 * jnp.sum((p - 1) ** 2),
+        ),
+    ],
+    ids=["l2", "l1", "anchor"],
+)
+@pytest.mark.parametrize("leaves", ["net", "all"])
+def test_a_penalty_has_its_gradient_times_the_scale(gradient, penalty, leaves):
+    """Also one on the sums beside the parameters."""
+
+    def of_tree(params):
+        net = params["net"] if leaves == "net" else params
+        return sum(map(penalty, jax.tree.leaves(net)))
+
+    expected = {t: layouts.expected(t, gradient) for t in TEMPERATURES}
+    gradients = functools.partial(layouts.gradients, penalty=of_tree)
+    train = layouts.beside(functools.partial(layouts.train, gradients=gradients))
+    with jax.enable_x64(True):
+        check(jax.jit(train), (np.float64, 1e-11), expected=expected)
+
+
+def test_a_norm_of_all_leaves_shows():
+    """Its gradient isn't finite where a leaf is 0."""
+    gradients = functools.partial(
+        layouts.gradients, penalty=lambda params: sum(map(jnp.linalg.norm, jax.tree.leaves(params)))
+    )
+    with jax.enable_x64(True):
+        params, batches = layouts.problem()
+        params = {"net": params, "sums": layouts.zero_sums()}
+        params, _ = jax.jit(functools.partial(layouts.train, gradients=gradients))(
+            params, batches, 0.5
+        )
+    assert np.isnan(params["net"]["w1"]).all()
 
 
 @pytest.mark.parametrize(
@@ -77,9 +170,9 @@ def test_jit(model, axis_type, precision):
     mesh = jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
     # A contraction over a sharded axis leaves it to the caller where its result goes.
     out_sharding = P("batch") if axis_type is AxisType.Explicit else None
-    loss_and_grad = functools.partial(layouts.value_and_grad, out_sharding=out_sharding)
+    gradients = functools.partial(layouts.gradients, out_sharding=out_sharding)
     with jax.set_mesh(mesh):
-        train = jax.jit(functools.partial(layouts.train, value_and_grad=loss_and_grad))
+        train = jax.jit(functools.partial(layouts.train, gradients=gradients))
         check(train, precision, functools.partial(put, mesh, model))
 
 
@@ -98,30 +191,57 @@ def test_padding(precision):
     check(jax.jit(layouts.train), precision, pad)
 
 
-def test_pmap(precision):
-    train = jax.pmap(
-        layouts.spread("batch"), axis_name="batch", in_axes=(None, (1, 1, 1, None, None), None)
-    )
+def split(params, batches):
+    """For pmap and vmap."""
+    *rows, counts, totals = batches
+    rows = (a.reshape(len(a), DEVICES, -1, *a.shape[2:]) for a in rows)
+    return params, (*rows, counts, totals)
 
-    def split(params, batches):
-        *rows, counts, totals = batches
-        rows = (a.reshape(len(a), DEVICES, -1, *a.shape[2:]) for a in rows)
-        return params, (*rows, counts, totals)
+
+def one_state(train):
+    """What all devices end with, which must be the same."""
 
     def train_one_state(*args):
         results = jax.tree.map(np.asarray, train(*args))
         jax.tree.map(lambda r: np.testing.assert_array_equal(r, r[[0] * DEVICES]), results)
         return jax.tree.map(lambda r: jnp.asarray(r[0]), results)
 
-    check(train_one_state, precision, split)
+    return train_one_state
 
 
+MAPPED = {"in_axes": (None, (1, 1, 1, None, None), None), "axis_name": "batch"}
+
+
+@pytest.mark.parametrize("form", ["argument", "beside"])
+def test_pmap(form, precision):
+    train = layouts.spread("batch", varying=False)
+    train = jax.pmap(layouts.beside(train) if form == "beside" else train, **MAPPED)
+    check(one_state(train), precision, split)
+
+
+def test_vmap_with_a_name(precision):
+    train = jax.jit(jax.vmap(layouts.spread("batch", varying=False), **MAPPED))
+    check(one_state(train), precision, split)
+
+
+def test_independent_models_under_pmap():
+    """Each with its own λ."""
+    lams = np.resize(np.float64(TEMPERATURES[:2]), DEVICES)
+    with jax.enable_x64(True):
+        params, states = jax.pmap(layouts.train, in_axes=(None, None, 0))(*layouts.problem(), lams)
+        for i, lam in enumerate(lams):
+            one = jax.tree.map(lambda x, i=i: jnp.asarray(np.asarray(x)[i]), (params, states))
+            check(lambda *_, one=one: one, (np.float64, 1e-12), temperatures=[float(lam)])
+
+
+@pytest.mark.parametrize("form", ["argument", "beside"])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
-def test_shard_map(check_vma, precision):
+def test_shard_map(check_vma, form, precision):
     axes = ("host", "chip")
     mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
+    train = layouts.spread(axes)
     train = jax.shard_map(
-        layouts.spread(axes),
+        layouts.beside(train) if form == "beside" else train,
         mesh=mesh,
         in_specs=(P(), (*[P(None, axes)] * 3, P(), P()), P()),
         out_specs=P(),
@@ -130,32 +250,27 @@ def test_shard_map(check_vma, precision):
     check(jax.jit(train), precision)
 
 
-# The oldest optax that is tested has no microbatch. It leaves no losses to tune a λ by.
-BY_HAND = {"by_hand": (layouts.by_hand, None)}
-if hasattr(optax, "microbatch"):
-    BY_HAND["by_optax"] = layouts.by_optax, TEMPERATURES[:2]
-
-
-@pytest.mark.parametrize("form", BY_HAND)
-def test_micro_batches_before_the_update(form, precision):
-    """Of eight in a batch one is masked whole."""
-    loss_and_grad, temperatures = BY_HAND[form]
-    of_eight = functools.partial(loss_and_grad, k=8)
-    train = jax.jit(functools.partial(layouts.train, value_and_grad=of_eight))
-    check(train, precision, temperatures=temperatures)
-
-
-def test_accumulate(precision):
-    train = jax.jit(functools.partial(layouts.train, every_k=8))
-    check(train, precision, functools.partial(layouts.split_steps, 8))
-
-
-def test_accumulate_on_devices(precision):
-    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+@pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
+def test_losses_repeated_over_an_axis(check_vma, precision):
+    mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     train = jax.shard_map(
-        layouts.spread("batch", every_k=2), mesh=mesh, in_specs=(P(), SPECS, P()), out_specs=P()
+        layouts.spread(("batch", "model"), rows="batch"),
+        mesh=mesh,
+        in_specs=(P(), SPECS, P()),
+        out_specs=P(),
+        check_vma=check_vma,
     )
-    check(jax.jit(train), precision, functools.partial(layouts.split_steps, 2))
+    check(jax.jit(train), precision)
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_multi_steps(k):
+    """To the float32 in which it divides."""
+    train = layouts.beside(
+        functools.partial(layouts.train, wrap=lambda tx: optax.MultiSteps(tx, every_k_schedule=k))
+    )
+    with jax.enable_x64(True):
+        check(jax.jit(train), (np.float64, 1e-5), functools.partial(layouts.split_steps, k))
 
 
 @pytest.fixture(scope="module")
@@ -190,32 +305,19 @@ class TestTwoProcesses:
         _, ((code, message), (dead, _)) = two_processes
         assert dead == 1
         assert code != 0
-        assert re.search(r"another task died|[Cc]onnection", message), message
+        assert re.search(r"another task died|[Cc]onnection|gloo", message), message
 
 
-class TestBadInput:
-    MESH = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+def test_sums_of_one_device_only():
+    """What a device sees for itself is not what all see, and shard_map says so."""
+    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
+    tx = absgd(0.1, 1.0)
 
-    def spread(self, f, **kwargs):
-        return jax.shard_map(f, mesh=self.MESH, in_specs=P("batch"), out_specs=P(), **kwargs)
+    def update(losses):
+        state, zeros = tx.init(jnp.ones(3)), jax.lax.pcast(Sums(), "batch", to="varying")
+        sums = jax.grad(lambda sums: tilt(losses, state, sums).mean())(zeros)
+        return tx.update(jnp.ones(3), state, sums=sums)[1]
 
-    def test_losses_of_one_device_only(self):
-        """An update that tunes λ by what a device sees for itself."""
-        tx = absgd(0.1, target_ess(0.9))
-
-        def update(losses):
-            _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)), value=1.0, losses=losses)
-            return state
-
-        with pytest.raises(ValueError, match="out_specs"):
-            jax.eval_shape(self.spread(update), jnp.ones(16))
-
-    def test_value_of_one_device_only(self):
-        tx = absgd(0.1, 1.0)
-
-        def update(losses):
-            _, state = tx.update(jnp.ones(3), tx.init(jnp.ones(3)), value=losses.mean())
-            return state
-
-        with pytest.raises(ValueError, match="out_specs"):
-            jax.eval_shape(self.spread(update), jnp.ones(16))
+    spread = jax.shard_map(update, mesh=mesh, in_specs=P("batch"), out_specs=P())
+    with pytest.raises(ValueError, match="out_specs"):
+        jax.eval_shape(spread, jnp.ones(16))

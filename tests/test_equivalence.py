@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from absgd_jax import abadam, absgd, tilt, two_stage
+from absgd_jax import abadam, absgd, Sums, tilt, two_stage
 from tests.support.reference import (
     ADAM_CASES,
     ADAM_RATE,
@@ -45,11 +45,11 @@ def make_step(optimizer, case):
     def step(carry, batch):
         params, opt_state = carry
 
-        def loss_fn(params):
-            return tilt(per_example_losses(params, *batch), opt_state).mean()
+        def loss_fn(params, sums):
+            return tilt(per_example_losses(params, *batch), opt_state, sums).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(params)
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
+        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
         return (optax.apply_updates(params, updates), opt_state), params
 
     return tx.init, step

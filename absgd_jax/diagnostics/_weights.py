@@ -11,8 +11,9 @@ from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_array, as_batch, as_mask, check_number, whole_number
 from absgd_jax._reduce import psum
-from absgd_jax._state import find, is_flat
-from absgd_jax._tilt import divergences, temperature_and_baseline, tilted_means
+from absgd_jax._state import attention_of, is_infinite
+from absgd_jax._sums import divergences
+from absgd_jax._tilt import temperature_and_baseline, tilted_means
 
 
 def effective_sample_size(
@@ -188,15 +189,15 @@ def summary(
       class_mass/0 0.104
       class_mass/1 0.896
     """
-    state = find(opt_state)
+    state = attention_of(opt_state)
     losses = as_batch("losses", losses)
     if where is not None:
         where = as_mask(where, losses.shape)
     lam, baseline = temperature_and_baseline(state, losses.dtype)
-    flat = is_flat(lam)
+    plain = is_infinite(lam)
     batch = tilted_means(losses, lam, where, axis_name)
-    weights = jnp.where(flat, 1, jnp.exp(batch.z))
-    weighted = (jnp.asarray(state.averaged) > 0) & ~flat
+    weights = jnp.where(plain, 1, jnp.exp(batch.z))
+    weighted = (jnp.asarray(state.averaged) > 0) & ~plain
     scalars = {
         "mean_loss": batch.mean,
         "robust_loss": batch.robust,

@@ -5,25 +5,30 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from absgd_jax import tilt
+from absgd_jax import Sums, tilt
 
 
-def attend(tx, batch, state, mean=jnp.mean, /, **extra_args):
+def slopes_and_sums(losses, state, mean=jnp.mean):
+    """The gradient of a mean of tilted losses, by these and by the sums."""
+
+    def loss_fn(losses, sums):
+        return mean(tilt(losses, state, sums))
+
+    return jax.grad(loss_fn, argnums=(0, 1))(losses, Sums())
+
+
+def attend(tx, losses, state, mean=jnp.mean):
     """The weights of a batch, and the new state: a step whose parameters are the losses."""
-
-    def loss_fn(losses):
-        return mean(tilt(losses, state))
-
-    value, grads = jax.value_and_grad(loss_fn)(batch)
-    return tx.update(grads, state, value=value, **extra_args)
+    slopes, sums = slopes_and_sums(losses, state, mean)
+    return tx.update(slopes, state, sums=sums)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def follow(tx, batches, state=None, **extra_args):
+def follow(tx, batches, state=None):
     """The weights of every batch, and the state before each and after the last."""
 
     def step(state, losses):
-        weights, new = attend(tx, losses, state, **extra_args)
+        weights, new = attend(tx, losses, state)
         return new, (weights, state)
 
     state = tx.init(None) if state is None else state

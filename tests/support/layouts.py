@@ -1,7 +1,7 @@
-"""Fifty steps of ABSGD on ARB-Loss: in NumPy, and in JAX for any way to take the batch's mean.
+"""Fifty steps of ABSGD on ARB-Loss: in NumPy, and in JAX for any way to make a loss of a batch.
 
 Every example has a sample weight, and many have none: of the eighths of a batch one is masked
-whole, and so is one batch. The loops are those of an SGD user, but for ``tilt`` and ``value``.
+whole, and so is one batch.
 """
 
 import functools
@@ -12,10 +12,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from absgd_jax import absgd, accumulate, losses, target_kl, tilt
+from absgd_jax import losses, scale_by_attention, Sums, target_kl, tilt, zero_sums
 from tests.support import reference
 
-STEPS, RATE, WEIGHT_DECAY, GAMMA = 50, 0.1, 1e-3, 0.7
+STEPS, RATE, WEIGHT_DECAY, GAMMA, PENALTY = 50, 0.1, 1e-3, 0.7, 0.01
 
 
 def problem(dtype=np.float64):
@@ -36,33 +36,43 @@ def problem(dtype=np.float64):
     return params, (x, ys[:STEPS], weights, counts, totals)
 
 
-def expected(temperature):
+def expected(temperature, penalty_gradient=None):
     """Parameters, λ and V in float64, from the rows that have a weight.
 
-    ``temperature`` is λ, or of an automatic one the first λ and the target of KL.
+    ``temperature`` is λ, or of an automatic one the first λ and the target of KL. The gradient of a
+    penalty has the scale of the others'.
     """
     params, (xs, ys, weights, counts, totals) = problem()
     lam, radius = temperature if isinstance(temperature, tuple) else (temperature, None)
+    baseline, averaged, update = None, 0, reference.sgd(RATE, WEIGHT_DECAY)
     with np.errstate(divide="ignore"):
-        rows = zip(xs, ys, weights > 0, np.log(counts), strict=True)
-    batches = [(x[kept], y[kept], log_counts) for x, y, kept, log_counts in rows]
-
-    def attend(step, losses, state):
-        lam, baseline, averaged = state
-        shares = weights[step][weights[step] > 0] / totals[step]
-        if not losses.size:
-            return shares, state
+        log_counts = np.log(counts)
+    for x, y, weight, prior, total in zip(xs, ys, weights, log_counts, totals, strict=True):
+        kept = weight > 0
+        shares = weight[kept] / total
+        each, gradient = reference.cross_entropy(params, x[kept], y[kept], prior)
+        if not each.size:
+            params = update(params, {k: np.zeros_like(p) for k, p in params.items()})
+            continue
         averaged += np.isfinite(lam)
         gamma = GAMMA if radius is None else reference.debiased(GAMMA, averaged)
-        attended, baseline = reference.weigh(losses, baseline, lam, gamma, shares=shares)
+        slope = 1 if np.isinf(lam) else np.exp((each - (baseline or 0.0)) / lam)
+        before, (attended, baseline) = (
+            baseline,
+            reference.weigh(each, baseline, lam, gamma, shares=shares),
+        )
         if radius is not None:
-            lam, damping = reference.tune(losses, lam, kl=radius)
+            if np.isinf(lam):
+                mean = np.sum(shares * each)
+                baseline = mean if before is None else before + gamma * (mean - before)
+            lam, damping = reference.tune(each, lam, kl=radius, shares=shares)
             attended = attended / damping
-        return attended, (lam, baseline, averaged)
-
-    update = reference.sgd(RATE, WEIGHT_DECAY)
-    *_, last = reference.train(params, batches, attend, update, (lam, None, 0))
-    return last[0], *last[1][:2]
+        grads = gradient(attended)
+        if penalty_gradient is not None:
+            scale = np.sum(attended) / np.sum(shares * slope)
+            grads = {k: g + scale * penalty_gradient(params[k]) for k, g in grads.items()}
+        params = update(params, grads)
+    return params, lam, baseline
 
 
 def per_example(params, x, y, where, class_counts, out_sharding=None):
@@ -71,84 +81,155 @@ def per_example(params, x, y, where, class_counts, out_sharding=None):
     return losses.arb(logits, y, where=where, class_counts=class_counts)
 
 
-def value_and_grad(params, opt_state, batch, **kwargs):
-    """The weighted mean, or of a part of the batch its share of it; its gradient; the losses."""
+# What a loop makes of the losses, given how to tilt them.
+
+
+def weighted_mean(each, tilted, weight, total):
+    return jnp.sum(weight * tilted(each)) / total
+
+
+def times_mask_over_garbage(each, tilted, weight, total):
+    garbage = jnp.where(weight > 0, each, 1e4)
+    return weighted_mean(garbage, tilted, weight, total)
+
+
+def where_over_nan(each, tilted, weight, total):
+    nan = jnp.where(weight > 0, each, jnp.nan)
+    return jnp.sum(jnp.where(weight > 0, weight * tilted(nan), 0)) / total
+
+
+def with_a_constant(each, tilted, weight, total):
+    return weighted_mean(each, tilted, weight, total) + 3
+
+
+def weighted_sum(each, tilted, weight, total):
+    return jnp.sum(weight * tilted(each))
+
+
+def scaled(each, tilted, weight, total):
+    return 1024 * weighted_mean(each, tilted, weight, total)
+
+
+def twice(each, tilted, weight, total):
+    """The example of weight w as two of w / 2."""
+    each, weight = jnp.concatenate([each, each]), jnp.concatenate([weight, weight]) / 2
+    return weighted_mean(each, tilted, weight, total)
+
+
+def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalty=None, **kwargs):
+    """By the parameters and by the sums; or by the parameters, if the sums are among them."""
     x, y, weight, counts, total = batch
 
-    def loss_fn(params):
-        each = per_example(params, x, y, weight > 0, counts, **kwargs)
-        return jnp.sum(weight * tilt(each, opt_state)) / total, each
+    def loss_fn(params, sums):
+        net = params.get("net", params)
+        each = per_example(net, x, y, weight > 0, counts, **kwargs)
+        value = loss(each, lambda x: tilt(x, opt_state, sums or params), weight, total)
+        return value if penalty is None else value + penalty(params)
 
-    (loss, each), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    return loss, grads, each
+    if "net" in params:
+        return jax.grad(lambda params: loss_fn(params, None))(params), None
+    return jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
 
 
-def on_devices(params, opt_state, batch, *, axis_name):
-    """Of every device its part."""
-    params = lax.pcast(params, axis_name, to="varying")
-    loss, grads, each = value_and_grad(params, opt_state, batch)
-    return *lax.psum((loss, grads), axis_name), each
+def undone(gradients, factor):
+    """Gradients by the parameters divided by what they are too large by."""
+
+    def normal(params, opt_state, batch):
+        grads, sums = gradients(params, opt_state, batch)
+        return jax.tree.map(lambda g: g / factor(batch), grads), sums
+
+    return normal
+
+
+def on_devices(params, opt_state, batch, *, axis_name, rows, varying, **kwargs):
+    """Of every device its part of the rows, which are spread over some of the axes."""
+    total = batch[-1] / lax.psum(1, rows)
+    if varying:
+        params = lax.pcast(params, axis_name, to="varying")
+    found = gradients(params, opt_state, (*batch[:-1], total), **kwargs)
+    return lax.pmean(found, axis_name)
 
 
 def by_hand(params, opt_state, batch, *, k):
     """Of k micro-batches, one after another."""
 
     def add(carry, micro_batch):
-        *found, each = value_and_grad(params, opt_state, (*micro_batch, *batch[3:]))
-        return jax.tree.map(jnp.add, carry, tuple(found)), each
+        found = gradients(params, opt_state, (*micro_batch, *batch[3:]))
+        return jax.tree.map(jnp.add, carry, found), None
 
     micro_batches = jax.tree.map(lambda a: a.reshape(k, -1, *a.shape[1:]), batch[:3])
-    zeros = jnp.zeros_like(batch[4]), jax.tree.map(jnp.zeros_like, params)
-    (loss, grads), each = lax.scan(add, zeros, micro_batches)
-    return loss, grads, each.reshape(-1)
+    zeros = jax.tree.map(jnp.zeros_like, params), zero_sums()
+    return lax.scan(add, zeros, micro_batches)[0]
 
 
 def by_optax(params, opt_state, batch, *, k):
     """Of k micro-batches, by optax.microbatch and its mean."""
 
     def of_micro_batch(*micro_batch):
-        loss, grads, _ = value_and_grad(params, opt_state, (*micro_batch, batch[3], batch[4] / k))
-        return loss, grads
+        return gradients(params, opt_state, (*micro_batch, batch[3], batch[4] / k))
 
-    rows = len(batch[1])
     mean = optax.microbatch(
         of_micro_batch,
         argnums=(0, 1, 2),
-        microbatch_size=rows // k,
+        microbatch_size=len(batch[1]) // k,
         accumulator=optax.microbatching.AccumulationType.MEAN,
     )
     with jax.numpy_dtype_promotion("standard"):  # optax itself needs it
-        return *mean(*batch[:3]), None
+        return mean(*batch[:3])
 
 
 def train(
-    params, batches, temperature, *, value_and_grad=value_and_grad, axis_name=None, every_k=None
+    params,
+    batches,
+    temperature,
+    *,
+    gradients=gradients,
+    wrap=lambda tx: tx,
+    before=optax.identity,
+    closure=False,
 ):
     """Parameters, and the state of the attention."""
     if isinstance(temperature, tuple):
         init_value, radius = temperature
         temperature = target_kl(radius, init_value=init_value)
-    tx = absgd(RATE, temperature, weight_decay=WEIGHT_DECAY, gamma=GAMMA)
-    if every_k is not None:
-        tx = accumulate(tx, every_k)
+    tx = wrap(
+        optax.chain(
+            before(),
+            scale_by_attention(temperature, gamma=GAMMA),
+            optax.add_decayed_weights(WEIGHT_DECAY),
+            optax.sgd(RATE, 0.9),
+        )
+    )
+    first = tx.init(params)
 
     def step(carry, batch):
         params, opt_state = carry
-        loss, grads, each = value_and_grad(params, opt_state, batch)
-        # For an automatic temperature.
-        extra_args = {"losses": each, "where": batch[2] > 0, "axis_name": axis_name}
-        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **extra_args)
+        grads, sums = gradients(params, first if closure else opt_state, batch)
+        with jax.numpy_dtype_promotion("standard"):  # optax.MultiSteps itself needs it
+            updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    (params, opt_state), _ = lax.scan(step, (params, tx.init(params)), batches)
-    (state, *_) = opt_state if every_k is None else opt_state.inner_opt_state
+    (params, opt_state), _ = lax.scan(step, (params, first), batches)
+    _, state, *_ = getattr(opt_state, "inner_opt_state", opt_state)
     return params, state
 
 
-def spread(axis_name, **kwargs):
-    """``train`` under pmap or shard_map."""
-    on_axis = functools.partial(on_devices, axis_name=axis_name)
-    return functools.partial(train, value_and_grad=on_axis, axis_name=axis_name, **kwargs)
+def beside(train, value=0.0):
+    """The same with the sums beside the parameters."""
+
+    def train_both(params, batches, temperature):
+        sums = jax.tree.map(lambda q: q + value, zero_sums())
+        params, state = train({"net": params, "sums": sums}, batches, temperature)
+        return params["net"], state
+
+    return train_both
+
+
+def spread(axis_name, rows=None, *, varying=True):
+    """``train`` under shard_map, or if they don't vary by type under pmap or vmap."""
+    rows = rows or axis_name
+    on_axis = functools.partial(on_devices, axis_name=axis_name, rows=rows, varying=varying)
+    return functools.partial(train, gradients=on_axis)
 
 
 def split_steps(k, params, batches):

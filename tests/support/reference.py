@@ -106,20 +106,24 @@ def debiased(gamma, count):
     return np.minimum(gamma / (1 - (1 - gamma) ** np.maximum(count, 1)), 1)
 
 
-def divergences(weights):
-    """1 / ESS - 1 and KL of weights on any scale."""
-    q = np.ravel(weights) / np.sum(weights)
-    return q.size * np.sum(q**2) - 1, np.sum(q * np.log(q.size * q))
+def divergences(weights, shares=None):
+    """1 / ESS - 1 and KL of weights on any scale, from those of a plain mean."""
+    shares = np.full(np.shape(weights), 1 / np.size(weights)) if shares is None else shares
+    ratio = weights / shares
+    ratio = ratio / np.sum(shares * ratio)
+    return np.sum(shares * ratio**2) - 1, np.sum(shares * ratio * np.log(ratio))
 
 
-def tune(losses, temperature, *, ess=None, kl=None):
+def tune(losses, temperature, *, ess=None, kl=None, shares=None):
     """The λ after a batch that is to hold one of both, and what divides the batch's gradients."""
+    shares = np.full(losses.shape, 1 / losses.size) if shares is None else shares
     target = kl if ess is None else 1 / ess - 1
     if np.isinf(temperature):  # where a normal distribution of the losses would be on target
         variance = target if kl is None else 2 * target
-        return np.copysign(np.sqrt(losses.var() / variance), temperature), 1.0
+        spread = np.sum(shares * (losses - np.sum(shares * losses)) ** 2)
+        return np.copysign(np.sqrt(spread / variance), temperature), 1.0
     z = np.float64(losses) / temperature
-    chi2, reached = divergences(np.exp(z - z.max()))
+    chi2, reached = divergences(shares * np.exp(z - z.max()), shares)
     excess = (chi2 if kl is None else reached) / target
     damping = 1 + 2 * np.sqrt(chi2) if temperature > 0 else 1.0
     return temperature * np.clip(excess**0.1, 0.5, 2), damping

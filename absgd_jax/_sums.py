@@ -1,0 +1,263 @@
+r"""What the update needs to know of a batch: sums that ride on its gradient.
+
+Nobody but the loop knows which weight c_i an example has in its loss: 1/n in a mean, 1 in a sum, 0
+behind a mask, times a loss scale. The gradient knows. With zeros q_k, the tangent of a loss is
+
+    d tilt(l_i) = exp(z_i) dl_i + Σ_k f_k(z_i) dq_k / 2^20,    z_i = (l_i - V) / λ
+
+so that the gradient by q_k is Σ_i c_i f_k(z_i) / 2^20, in every layout in which the gradient by the
+parameters is right. Means are ratios of two such sums, and no scale matters to them. The factor
+hides the sums from a norm over all gradients; a power of 2 costs no digits.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from absgd_jax._checks import at_least_float32
+from absgd_jax._state import all_of, eps, is_infinite, the_one, unit
+
+_FACTOR = 2.0**-20
+_LARGEST, _LARGE = 1e30, 1e9  # of levels, and of those whose squares are summed
+_IS_IN_FRONT = (
+    "`loss, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())` with "
+    "`tilt(losses, opt_state, sums)` in loss_fn, then `tx.update(grads, opt_state, params, "
+    "sums=sums)`"
+)
+_IS_BESIDE = (
+    '`params = {"net": params, "sums": zero_sums()}` and `tilt(losses, opt_state, params)` in '
+    "loss_fn, then the update finds them among the gradients"
+)
+
+
+class Sums(NamedTuple):
+    r"""What rides on the gradient: ``Sums()`` are zeros for :func:`tilt`, their gradient the sums.
+
+    With :math:`c_i` the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda` each
+    is a sum over the batch, times :math:`2^{-20}`. Only their ratios are used. Where :math:`\lambda`
+    is infinite, :math:`|V| + 1` is in its place, and all but the first two to leading order.
+
+    Attributes:
+      weight: :math:`\sum c_i`.
+      exp: :math:`\sum c_i e^{z_i}`.
+      excess: :math:`\sum c_i (e^{z_i} - 1)`, with its digits where λ is large.
+      square: :math:`\sum c_i (e^{z_i} - 1)^2`, for :math:`\chi^2`.
+      entropy: :math:`\sum c_i (z_i e^{z_i} - e^{z_i} + 1)`, for the KL divergence.
+      level: :math:`\sum c_i z_i`, without a bound on :math:`z_i`.
+      baseline: :math:`\sum c_i V`.
+      bad: :math:`\sum c_i` of the losses that are not finite.
+      null: 0. What is found here was added by others to every leaf of the parameters.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from absgd_jax import absgd, Sums, tilt
+      >>> opt_state = absgd(0.1, temperature=1.0).init(jnp.zeros(3))
+      >>> def loss_fn(losses, sums):
+      ...   return tilt(losses, opt_state, sums).mean()
+      >>> _, sums = jax.grad(loss_fn, argnums=(0, 1))(jnp.array([0.0, 1.0]), Sums())
+      >>> print(f"{sums.exp / sums.weight:.3f}")  # (1 + e) / 2
+      1.859
+    """
+
+    weight: ArrayLike = 0.0  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    exp: ArrayLike = 0.0
+    excess: ArrayLike = 0.0
+    square: ArrayLike = 0.0
+    entropy: ArrayLike = 0.0
+    level: ArrayLike = 0.0
+    baseline: ArrayLike = 0.0
+    bad: ArrayLike = 0.0
+    null: ArrayLike = 0.0
+
+
+def zero_sums() -> Sums:
+    """``Sums()`` as arrays, to stand beside the parameters.
+
+    Where nothing can be passed to the update, as by flax's ``TrainState`` or ``optax.MultiSteps``,
+    they are one leaf more of what is differentiated and updated. They stay zero. Count, cast, shard
+    and penalise the network's own parameters, ``params["net"]``.
+
+    Returns:
+      A :class:`Sums` of zeros, shape ``()``, in the default float dtype.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from absgd_jax import absgd, tilt, zero_sums
+      >>> x, y = jnp.array([[0.0], [1.0], [2.0]]), jnp.array([0.0, 1.0, 7.0])
+      >>> tx = absgd(0.02, temperature=1.0)
+      >>> params = {"net": jnp.zeros(1), "sums": zero_sums()}
+      >>> opt_state = tx.init(params)
+      >>> @jax.jit
+      ... def step(params, opt_state):
+      ...   def loss_fn(params):
+      ...     losses = (x @ params["net"] - y) ** 2
+      ...     return tilt(losses, opt_state, params).mean()
+      ...   grads = jax.grad(loss_fn)(params)
+      ...   updates, opt_state = tx.update(grads, opt_state, params)
+      ...   return optax.apply_updates(params, updates), opt_state
+      >>> for _ in range(100):
+      ...   params, opt_state = step(params, opt_state)
+      >>> print(params["net"].round(1))  # the least squares have 3
+      [2.7]
+    """
+    return Sums(*(jnp.zeros([], float) for _ in Sums._fields))
+
+
+def as_zeros(sums: Any) -> Sums:
+    """The one ``Sums`` in what :func:`tilt` is given, as arrays."""
+    zeros = the_one(
+        Sums,
+        "sums",
+        sums,
+        "pass Sums(), or the parameters that zero_sums() stand beside, and differentiate by them: "
+        f"{_IS_IN_FRONT}.",
+    )
+    return Sums(*(jnp.asarray(q, float if isinstance(q, float) else None) for q in _check(zeros)))
+
+
+def take(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sums]:
+    """The sums, given or among the updates; and the updates, in which they are zero."""
+    inside = all_of(Sums, updates)
+    if sums is None and not inside:
+        raise TypeError(f"sums is missing; {_why_missing(updates, extra_args)}")
+    if len(inside) > (sums is None):
+        raise ValueError(
+            f"sums must be given once, got {len(inside)} Sums among the updates"
+            f"{'' if sums is None else ' and another as an argument'}; pass them, or let one "
+            "zero_sums() stand beside the parameters."
+        )
+    if inside:
+        updates = jax.tree.map(
+            lambda node: jax.tree.map(jnp.zeros_like, node) if isinstance(node, Sums) else node,
+            updates,
+            is_leaf=lambda node: isinstance(node, Sums),
+        )
+        sums = inside[0]
+    if not isinstance(sums, Sums):
+        raise TypeError(f"sums must be a Sums, got {type(sums).__name__}; {_IS_IN_FRONT}.")
+    if any(isinstance(x, float | int) for x in sums):
+        raise TypeError(f"sums must be the gradient by Sums(), got Sums() itself; {_IS_IN_FRONT}.")
+    return updates, _check(sums)
+
+
+def _why_missing(updates: Any, extra_args: dict[str, Any]) -> str:
+    why = (
+        f"the update needs the gradient by what tilt was given: {_IS_IN_FRONT}. Where nothing can "
+        "be passed on, as by flax's TrainState or optax.MultiSteps, the sums stand beside the "
+        f"parameters: {_IS_BESIDE}."
+    )
+    for name in ("value", "loss", "losses"):
+        if name in extra_args:
+            why += f" `{name}` isn't needed: the sums tell all of it."
+            break
+    if all_of(optax.MaskedNode, updates):
+        why += " A mask or a partition has kept them from here: let it pass on the sums, too."
+    return why
+
+
+def _check(sums: Sums) -> Sums:
+    for x in sums:
+        if isinstance(x, optax.MaskedNode):
+            raise TypeError(
+                "sums must be floats, got optax.MaskedNode; let the mask or the partition pass on "
+                "the sums, too."
+            )
+        if jnp.shape(x) != ():
+            raise ValueError(
+                f"sums must be scalars, got shape {jnp.shape(x)}; sum or average the gradients of "
+                "examples or devices first, and train several models under jax.vmap."
+            )
+        dtype = jnp.result_type(x)
+        if at_least_float32(dtype) != dtype:
+            raise TypeError(
+                f"sums must be float32 or wider, got {dtype}; cast params['net'], not the sums."
+            )
+    return sums
+
+
+def bound(dtype: Any) -> float:
+    """Of |z|: neither slopes nor their squares in a norm over gradients overflow. 35 in float32."""
+    return 35 * float(np.log(np.finfo(dtype).max) / np.log(np.finfo(np.float32).max))
+
+
+@jax.custom_jvp
+def ride(losses: jax.Array, sums: Sums, lam: jax.Array, baseline: jax.Array) -> jax.Array:
+    """The losses, in whose tangents there are weights and sums."""
+    # In shard_map a tangent must vary over the devices as the value does. This costs nothing.
+    return jnp.where(sums.weight == 0, losses, losses)
+
+
+@ride.defjvp
+def _ride_jvp(
+    primals: tuple[jax.Array, Sums, jax.Array, jax.Array],
+    tangents: tuple[jax.Array, Sums, jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array]:
+    losses, _, lam, baseline = primals
+    d_losses, d_sums, _, _ = tangents
+    q = Sums(*(x.astype(losses.dtype) for x in d_sums))
+    plain, sound, most = is_infinite(lam), jnp.isfinite(losses), bound(losses.dtype)
+    level = jnp.clip(
+        jnp.where(sound, losses - baseline, 0) / unit(lam, baseline), -_LARGEST, _LARGEST
+    )
+    z = jnp.clip(level, -most, most)
+    half = jnp.clip(z, -most / 2, most / 2)
+    # At λ = ±∞ all to leading order.
+    linear = jnp.clip(level, -_LARGE, _LARGE)
+    exp = jnp.where(plain, 1, jnp.exp(z))
+    excess = jnp.where(plain, linear, jnp.expm1(z))
+    square, entropy = divergences(half, jnp.expm1(half))
+    riding = (
+        # Of scalars, so that V is told without a sum's rounding.
+        (q.weight + baseline * q.baseline)
+        + exp * q.exp
+        + excess * q.excess
+        + jnp.where(plain, linear**2, square) * q.square
+        + jnp.where(plain, linear**2 / 2, entropy) * q.entropy
+        + level * q.level
+        + jnp.where(sound, 0, q.bad)
+    )
+    return ride(*primals), jnp.where(sound, exp, 1) * d_losses + _FACTOR * riding
+
+
+def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What, at z_i = log(n w_i), the means are χ² = n Σ w_i² - 1 and KL = Σ w_i log(n w_i) of.
+
+    Each vanishes at z = 0 together with its slope, so no digits are lost however small z is. The
+    effective sample size is 1 / (1 + χ²). ``excess`` is expm1(z).
+    """
+    # Near 0 the series, where the closed form is a difference of what is almost the same.
+    small = jnp.abs(z) < eps(z.dtype) ** 0.25
+    series = z**2 * (1 / 2 + z * (1 / 3 + z / 8))
+    return excess**2, jnp.where(small, series, z * (excess + 1) - excess)
+
+
+class Means(NamedTuple):
+    """Of a batch, relative to the V that its losses were tilted with."""
+
+    counted: jax.Array  # whether anything counts
+    sound: jax.Array  # whether it does, and is finite
+    exp: jax.Array  # of exp(z)
+    excess: jax.Array  # of expm1(z)
+    level: jax.Array  # of z
+    baseline: jax.Array  # V
+    square: jax.Array
+    entropy: jax.Array
+
+
+def means(sums: Sums, dtype: jnp.dtype) -> Means:
+    sums = Sums(*(jnp.asarray(x).astype(dtype) for x in sums))
+    sums = Sums(*(x - sums.null for x in sums))
+    counted = sums.weight != 0
+    mean = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
+    sound = counted & (sums.bad == 0) & (mean.exp > 0) & jnp.isfinite(sum(mean))
+    mean = Sums(*(jnp.where(sound, x, 0) for x in mean))
+    return Means(
+        counted,
+        sound,
+        jnp.where(sound, mean.exp, 1),
+        *(mean.excess, mean.level, mean.baseline, mean.square, mean.entropy),
+    )
