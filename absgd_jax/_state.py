@@ -77,8 +77,8 @@ def attention_of(opt_state: optax.OptState) -> AttentionState:
         AttentionState,
         "opt_state",
         opt_state,
-        "pass the state of absgd, abadam or scale_by_attention, or of what wraps it. To train parts "
-        "of a model apart, put one scale_by_attention in front of optax.partition.",
+        "pass the state of absgd, abadam or scale_by_attention, or of what wraps it. To train "
+        "parts of a model apart, put one scale_by_attention in front of optax.partition.",
     )
 
 

@@ -16,30 +16,31 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
 from absgd_jax._checks import at_least_float32
 from absgd_jax._state import all_of, eps, is_infinite, the_one, unit
 
 _FACTOR = 2.0**-20
 _LARGEST, _LARGE = 1e30, 1e9  # of levels, and of those whose squares are summed
-_IS_IN_FRONT = (
-    "`loss, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())` with "
-    "`tilt(losses, opt_state, sums)` in loss_fn, then `tx.update(grads, opt_state, params, "
+_REPLACED = ("value", "loss", "losses")  # by the sums
+_PASSED = (
+    "`loss, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())`, with "
+    "`tilt(losses, opt_state, sums)` in loss_fn, and `tx.update(grads, opt_state, params, "
     "sums=sums)`"
 )
-_IS_BESIDE = (
-    '`params = {"net": params, "sums": zero_sums()}` and `tilt(losses, opt_state, params)` in '
-    "loss_fn, then the update finds them among the gradients"
+_BESIDE = (
+    "where nothing can be passed on, as by flax's TrainState or optax.MultiSteps, "
+    '`params = {"net": params, "sums": zero_sums()}`, with `tilt(losses, opt_state, params)` in '
+    "loss_fn"
 )
 
 
 class Sums(NamedTuple):
     r"""What rides on the gradient: ``Sums()`` are zeros for :func:`tilt`, their gradient the sums.
 
-    With :math:`c_i` the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda` each
-    is a sum over the batch, times :math:`2^{-20}`. Only their ratios are used. Where :math:`\lambda`
-    is infinite, :math:`|V| + 1` is in its place, and all but the first two to leading order.
+    With :math:`c_i` the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda`
+    each is a sum over the batch, times :math:`2^{-20}`. Only their ratios are used. In the place of
+    an infinite :math:`\lambda` is :math:`|V| + 1`, and all is to leading order there.
 
     Attributes:
       weight: :math:`\sum c_i`.
@@ -63,15 +64,15 @@ class Sums(NamedTuple):
       1.859
     """
 
-    weight: ArrayLike = 0.0  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
-    exp: ArrayLike = 0.0
-    excess: ArrayLike = 0.0
-    square: ArrayLike = 0.0
-    entropy: ArrayLike = 0.0
-    level: ArrayLike = 0.0
-    baseline: ArrayLike = 0.0
-    bad: ArrayLike = 0.0
-    null: ArrayLike = 0.0
+    weight: Any = 0.0  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+    exp: Any = 0.0
+    excess: Any = 0.0
+    square: Any = 0.0
+    entropy: Any = 0.0
+    level: Any = 0.0
+    baseline: Any = 0.0
+    bad: Any = 0.0
+    null: Any = 0.0
 
 
 def zero_sums() -> Sums:
@@ -107,71 +108,51 @@ def zero_sums() -> Sums:
     return Sums(*(jnp.zeros([], float) for _ in Sums._fields))
 
 
-def as_zeros(sums: Any) -> Sums:
+def zeros_in(tree: Any) -> Sums:
     """The one ``Sums`` in what :func:`tilt` is given, as arrays."""
-    zeros = the_one(
-        Sums,
-        "sums",
-        sums,
-        "pass Sums(), or the parameters that zero_sums() stand beside, and differentiate by them: "
-        f"{_IS_IN_FRONT}.",
-    )
-    return Sums(*(jnp.asarray(q, float if isinstance(q, float) else None) for q in _check(zeros)))
+    zeros = checked(the_one(Sums, "sums", tree, f"{_PASSED}; or {_BESIDE}."))
+    return Sums(*(jnp.asarray(q, float if isinstance(q, float) else None) for q in zeros))
 
 
-def take(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sums]:
-    """The sums, given or among the updates; and the updates, in which they are zero."""
+def taken(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sums]:
+    """The updates, in which there are zeros for the sums; and these, from there or as given."""
     inside = all_of(Sums, updates)
-    if sums is None and not inside:
-        raise TypeError(f"sums is missing; {_why_missing(updates, extra_args)}")
-    if len(inside) > (sums is None):
+    if len(inside) + (sums is not None) > 1:
+        where = "" if sums is None else " and one more as an argument"
         raise ValueError(
-            f"sums must be given once, got {len(inside)} Sums among the updates"
-            f"{'' if sums is None else ' and another as an argument'}; pass them, or let one "
-            "zero_sums() stand beside the parameters."
+            f"sums must be given once, got {len(inside)} among the updates{where}; {_PASSED}; or "
+            f"{_BESIDE}."
         )
     if inside:
         updates = jax.tree.map(
-            lambda node: jax.tree.map(jnp.zeros_like, node) if isinstance(node, Sums) else node,
+            lambda x: jax.tree.map(jnp.zeros_like, x) if isinstance(x, Sums) else x,
             updates,
-            is_leaf=lambda node: isinstance(node, Sums),
+            is_leaf=lambda x: isinstance(x, Sums),
         )
         sums = inside[0]
-    if not isinstance(sums, Sums):
-        raise TypeError(f"sums must be a Sums, got {type(sums).__name__}; {_IS_IN_FRONT}.")
-    if any(isinstance(x, float | int) for x in sums):
-        raise TypeError(f"sums must be the gradient by Sums(), got Sums() itself; {_IS_IN_FRONT}.")
-    return updates, _check(sums)
+    if sums is None:
+        why = [f" `{name}` is not needed." for name in _REPLACED if name in extra_args]
+        if all_of(optax.MaskedNode, updates):
+            why.append(" Let the mask or the partition pass on the sums, too.")
+        raise TypeError(f"sums is missing; {_PASSED}; or {_BESIDE}.{''.join(why)}")
+    if not isinstance(sums, Sums) or any(isinstance(x, float | int) for x in sums):
+        raise TypeError(f"sums must be the gradient by Sums(), got {sums!r}; {_PASSED}.")
+    return updates, checked(sums)
 
 
-def _why_missing(updates: Any, extra_args: dict[str, Any]) -> str:
-    why = (
-        f"the update needs the gradient by what tilt was given: {_IS_IN_FRONT}. Where nothing can "
-        "be passed on, as by flax's TrainState or optax.MultiSteps, the sums stand beside the "
-        f"parameters: {_IS_BESIDE}."
-    )
-    for name in ("value", "loss", "losses"):
-        if name in extra_args:
-            why += f" `{name}` isn't needed: the sums tell all of it."
-            break
-    if all_of(optax.MaskedNode, updates):
-        why += " A mask or a partition has kept them from here: let it pass on the sums, too."
-    return why
-
-
-def _check(sums: Sums) -> Sums:
+def checked(sums: Sums) -> Sums:
     for x in sums:
         if isinstance(x, optax.MaskedNode):
             raise TypeError(
-                "sums must be floats, got optax.MaskedNode; let the mask or the partition pass on "
-                "the sums, too."
-            )
-        if jnp.shape(x) != ():
-            raise ValueError(
-                f"sums must be scalars, got shape {jnp.shape(x)}; sum or average the gradients of "
-                "examples or devices first, and train several models under jax.vmap."
+                f"sums must be scalars, got {x!r}; let the mask or the partition pass on the sums, "
+                "too."
             )
         dtype = jnp.result_type(x)
+        if jnp.shape(x) != ():
+            raise ValueError(
+                f"sums must be scalars, got shape {jnp.shape(x)}; reduce the gradients of examples "
+                "or devices first, and train several models under jax.vmap."
+            )
         if at_least_float32(dtype) != dtype:
             raise TypeError(
                 f"sums must be float32 or wider, got {dtype}; cast params['net'], not the sums."
@@ -197,30 +178,23 @@ def _ride_jvp(
     tangents: tuple[jax.Array, Sums, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     losses, _, lam, baseline = primals
-    d_losses, d_sums, _, _ = tangents
-    q = Sums(*(x.astype(losses.dtype) for x in d_sums))
     plain, sound, most = is_infinite(lam), jnp.isfinite(losses), bound(losses.dtype)
-    level = jnp.clip(
-        jnp.where(sound, losses - baseline, 0) / unit(lam, baseline), -_LARGEST, _LARGEST
-    )
-    z = jnp.clip(level, -most, most)
-    half = jnp.clip(z, -most / 2, most / 2)
-    # At λ = ±∞ all to leading order.
-    linear = jnp.clip(level, -_LARGE, _LARGE)
+    level = jnp.where(sound, losses - baseline, 0) / unit(lam, baseline)
+    level = jnp.clip(level, -_LARGEST, _LARGEST)
+    z, half = (jnp.clip(level, -b, b) for b in (most, most / 2))
+    linear = jnp.clip(level, -_LARGE, _LARGE)  # at λ = ±∞ all to leading order
     exp = jnp.where(plain, 1, jnp.exp(z))
     excess = jnp.where(plain, linear, jnp.expm1(z))
     square, entropy = divergences(half, jnp.expm1(half))
-    riding = (
-        # Of scalars, so that V is told without a sum's rounding.
-        (q.weight + baseline * q.baseline)
-        + exp * q.exp
-        + excess * q.excess
-        + jnp.where(plain, linear**2, square) * q.square
-        + jnp.where(plain, linear**2 / 2, entropy) * q.entropy
-        + level * q.level
-        + jnp.where(sound, 0, q.bad)
+    square = jnp.where(plain, linear**2, square)
+    entropy = jnp.where(plain, linear**2 / 2, entropy)
+    # V is the same for all, so that it is told without a sum's rounding.
+    terms = 1.0, exp, excess, square, entropy, level, baseline, jnp.where(sound, 0.0, 1.0), 0.0
+    riding = sum(
+        jnp.asarray(f, losses.dtype) * q.astype(losses.dtype)
+        for f, q in zip(terms, tangents[1], strict=True)
     )
-    return ride(*primals), jnp.where(sound, exp, 1) * d_losses + _FACTOR * riding
+    return ride(*primals), jnp.where(sound, exp, 1) * tangents[0] + _FACTOR * riding
 
 
 def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -235,29 +209,13 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
     return excess**2, jnp.where(small, series, z * (excess + 1) - excess)
 
 
-class Means(NamedTuple):
-    """Of a batch, relative to the V that its losses were tilted with."""
-
-    counted: jax.Array  # whether anything counts
-    sound: jax.Array  # whether it does, and is finite
-    exp: jax.Array  # of exp(z)
-    excess: jax.Array  # of expm1(z)
-    level: jax.Array  # of z
-    baseline: jax.Array  # V
-    square: jax.Array
-    entropy: jax.Array
-
-
-def means(sums: Sums, dtype: jnp.dtype) -> Means:
+def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
+    """Of a batch, if it is sound: what counts is finite, and something does; whether that, too."""
     sums = Sums(*(jnp.asarray(x).astype(dtype) for x in sums))
     sums = Sums(*(x - sums.null for x in sums))
     counted = sums.weight != 0
-    mean = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
-    sound = counted & (sums.bad == 0) & (mean.exp > 0) & jnp.isfinite(sum(mean))
-    mean = Sums(*(jnp.where(sound, x, 0) for x in mean))
-    return Means(
-        counted,
-        sound,
-        jnp.where(sound, mean.exp, 1),
-        *(mean.excess, mean.level, mean.baseline, mean.square, mean.entropy),
-    )
+    sums = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
+    sound = counted & (sums.bad == 0) & (sums.exp > 0) & jnp.isfinite(sum(sums))
+    neutral = Sums(exp=1.0)
+    sums = Sums(*(jnp.where(sound, x, n) for x, n in zip(sums, neutral, strict=True)))
+    return sums, sound, counted

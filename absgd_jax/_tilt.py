@@ -27,7 +27,7 @@ import optax
 from jax import lax
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_batch, as_floats, as_mask, at_least_float32
+from absgd_jax._checks import as_batch, as_floats, as_mask
 from absgd_jax._reduce import psum
 from absgd_jax._state import (
     attention_of,
@@ -38,7 +38,7 @@ from absgd_jax._state import (
     is_infinite,
     unit,
 )
-from absgd_jax._sums import as_zeros, bound, divergences, means, Means, ride, Sums
+from absgd_jax._sums import bound, divergences, means, ride, Sums, zeros_in
 
 
 def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
@@ -110,7 +110,7 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
     """
     state = attention_of(opt_state)
     losses = as_floats("losses", losses)
-    zeros = as_zeros(sums)
+    zeros = zeros_in(sums)
     if _is_constant(state.baseline):
         warnings.warn(
             "The optimiser's state that tilt was given is a constant here. If this function is "
@@ -156,41 +156,26 @@ class Divergences(NamedTuple):
     kl: jax.Array
 
 
-class Attended(NamedTuple):
-    """What a batch does."""
-
-    scale: jax.Array  # of its gradient
-    baseline: jax.Array  # V after it
-    averaged: jax.Array
-    divergences: Divergences
-
-
 def attend(
-    state: AttentionState,
-    sums: Sums,
-    gamma: jax.Array,
-    alpha: ArrayLike,
-    max_jump: ArrayLike | None,
-) -> Attended:
-    """Takes a batch into V, with the weight ``gamma``."""
+    state: AttentionState, sums: Sums, gamma: jax.Array, max_jump: ArrayLike | None
+) -> tuple[jax.Array, AttentionState, Divergences]:
+    """Takes a batch into V, with the weight ``gamma``; and the scale of its gradient, but for α."""
     dtype = gamma.dtype
     lam, baseline = temperature_and_baseline(state, dtype)
-    plain, first = is_infinite(lam), jnp.equal(state.averaged, 0)
-    batch, most = means(sums, dtype), bound(dtype)
+    plain, first, most = is_infinite(lam), jnp.equal(state.averaged, 0), bound(dtype)
+    batch, sound, counted = means(sums, dtype)
 
     # Losses that were tilted with another V, as by a closure over an older state.
     change = batch.baseline - baseline
-    change = jnp.where(jnp.abs(change) > 64 * eps(dtype) * jnp.abs(baseline), change, 0)
-    change = jnp.where(batch.sound, change, 0)
+    changed = sound & (jnp.abs(change) > 64 * eps(dtype) * jnp.abs(baseline))
+    change = jnp.where(changed, change, 0)
     lam = unit(lam, baseline + change)
     shift = jnp.where(plain, 0, jnp.clip(change / lam, -most, most))
     factor = jnp.exp(shift)
-    mean_exp = factor * batch.exp
-    excess = factor * batch.excess + jnp.expm1(shift)
+    mean_exp, excess = factor * batch.exp, factor * batch.excess + jnp.expm1(shift)
     if max_jump is not None:
-        cut = jnp.minimum(
-            excess, jnp.where(first, jnp.inf, jnp.expm1(jnp.asarray(max_jump, dtype)))
-        )
+        highest = jnp.expm1(jnp.asarray(max_jump, dtype))
+        cut = jnp.where(first, excess, jnp.minimum(excess, highest))
         factor = jnp.where(cut < excess, factor * (1 + cut) / mean_exp, factor)
         excess = cut
 
@@ -200,48 +185,38 @@ def attend(
     # A large λ multiplies the logarithm's error: near 1 log1p has the digits.
     near = ~first & (jnp.abs(rise) < 0.5)
     log = jnp.where(near, jnp.log1p(jnp.where(near, rise, 0)), jnp.log(growth))
-    mean_loss = baseline + change + lam * batch.level
 
-    # Where V is out of sight of the losses it is a mere point of reference again: their mean. As a
-    # mean of exponents can't be less than the exponent of the mean, that one was cut by the bound.
-    log_exp = jnp.log(mean_exp)
-    silent = batch.sound & ~plain & (log_exp < -most / 2)
-    lost = silent | (first & ~plain & (batch.level > log_exp + 1))
+    # Where all of a batch is out of sight of V, V starts again from its mean. Of exponents the mean
+    # is not less than that of the mean, or the bound has cut them.
+    log_exp, mean_loss = jnp.log(mean_exp), baseline + change + lam * batch.level
+    silent = sound & ~plain & (log_exp < -most / 2)
+    beyond = ~plain & (log_exp > most - 1) & (batch.level > log_exp + 1)
+    lost = silent | beyond
     followed = jnp.where(first, mean_loss, baseline + gamma * (mean_loss - baseline))
     moved = jnp.where(plain, followed, jnp.where(lost, mean_loss, baseline + lam * log))
-    one_more = jnp.where(plain, state.averaged, optax.safe_increment(jnp.asarray(state.averaged)))
+    averaged = jnp.asarray(state.averaged)
+    counts = jnp.where(lost, 1, jnp.where(plain, averaged, optax.safe_increment(averaged)))
+    new = state._replace(
+        baseline=jnp.where(sound, moved, baseline), averaged=jnp.where(sound, counts, averaged)
+    )
 
-    scale = jnp.where(batch.sound & ~(silent & first), factor / growth, 0)
     # Of losses that are not finite the gradients aren't either, and should show.
-    scale = jnp.where(batch.counted & ~batch.sound & ~first, 1, scale)
-    return Attended(
-        jnp.where(plain, 1, scale / jnp.asarray(alpha, dtype)),
-        jnp.where(batch.sound, moved, baseline),
-        jnp.where(batch.sound, jnp.where(lost, 0, one_more), state.averaged),
-        _divergences(batch, lam, plain, silent, log_exp > most / 4),
-    )
+    unsound = jnp.where(counted & ~first, 1, 0).astype(dtype)
+    silenced = silent & first  # the scale would be enormous
+    scale = jnp.where(sound, jnp.where(silenced, 0, factor / growth), unsound)
 
-
-def _divergences(
-    batch: Means, lam: jax.Array, plain: jax.Array, silent: jax.Array, loud: jax.Array
-) -> Divergences:
-    """Of the weights, which know no V: relative to it they are differences."""
-    dtype = lam.dtype
-    square, entropy = divergences(
-        jnp.log1p(jnp.maximum(batch.excess, eps(dtype) - 1)), batch.excess
-    )
-    found = batch.square - square
-    kl = batch.entropy - jnp.where(plain, square / 2, entropy)
+    # The divergences of the weights know no V: relative to it they are differences.
+    z = jnp.log1p(jnp.maximum(batch.excess, eps(dtype) - 1))
+    square, entropy = divergences(z, batch.excess)
+    entropy = jnp.where(plain, square / 2, entropy)
+    chi2 = (batch.square - square) / batch.exp**2
+    kl = jnp.maximum(batch.entropy - entropy, 0) / batch.exp
     # What rounding leaves of sums, and of losses.
     rounding = 1024 * eps(dtype) * square + (8 * eps(dtype) * batch.baseline / lam) ** 2
-    tells = batch.sound & (found > rounding)
-    out_of_range = silent | (loud & batch.sound & ~tells)
-
-    def of_weights(x: jax.Array, power: int) -> jax.Array:
-        x = jnp.maximum(x, 0) / batch.exp**power
-        return jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0))
-
-    return Divergences(of_weights(found, 2), of_weights(kl, 1))
+    tells = sound & (batch.square - square > rounding)
+    out_of_range = silent | (sound & ~tells & (log_exp > most / 4))
+    divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
+    return jnp.where(plain, 1, scale), new, Divergences(*divs)
 
 
 def robust_loss(

@@ -13,12 +13,13 @@ from absgd_jax._checks import (
     check_number,
     check_state,
     DECAY,
+    is_concrete,
     NOT_NEGATIVE,
     POSITIVE,
     SHARE,
 )
-from absgd_jax._state import AttentionState, clamped, is_infinite
-from absgd_jax._sums import Sums, take
+from absgd_jax._state import AttentionState, clamped, eps, is_infinite
+from absgd_jax._sums import Sums, taken
 from absgd_jax._temperature import as_temperature, Temperature, value_at
 from absgd_jax._tilt import attend
 
@@ -55,8 +56,8 @@ def scale_by_attention(
     While :math:`\lambda = \pm\infty` the gradients pass unchanged, and :math:`V` follows the mean
     loss. Put it first in the chain, before anything that is not linear in the gradients, such as
     clipping. Any other term of the loss has the gradient that it has in SGD, times the scale: near
-    1 if training begins with a plain stage, as :func:`two_stage` does, but in a first weighted batch
-    without one :math:`1 / (\alpha \gamma E)`, which may be anything.
+    1 if training begins with a plain stage, as :func:`two_stage` does, but in a first weighted
+    batch without one :math:`1 / (\alpha \gamma E)`, which may be anything.
 
     Args:
       temperature: λ: a number, an optax schedule of the number of updates, a ``jax.Array``,
@@ -147,7 +148,7 @@ def scale_by_attention(
     ) -> tuple[optax.Updates, AttentionState]:
         del params
         check_state(state, AttentionState)
-        updates, sums = take(updates, sums, extra_args)
+        updates, sums = taken(updates, sums, extra_args)
         dtype = at_least_float32(jnp.result_type(state.baseline))
         newest = jnp.asarray(value_at("gamma", gamma, state.count), dtype)
         following = value_at("gamma", gamma, state.count + 1)
@@ -155,31 +156,30 @@ def scale_by_attention(
             # 1 - (1-γ)^t, with its digits where γ is small.
             t = jnp.asarray(state.averaged, dtype) + 1
             newest = -newest / jnp.expm1(t * jnp.log1p(-newest))
-        scale, baseline, averaged, divergences = attend(state, sums, newest, alpha, max_jump)
-        if not (isinstance(damping, float | int) and damping == 0):
-            scale = scale / _damping(damping, clamped(state.temperature), divergences.chi2)
+        scale, new, divergences = attend(state, sums, newest, max_jump)
+        lam = clamped(state.temperature)
+        divisor = jnp.asarray(alpha, dtype)
+        if not (is_concrete(damping) and damping == 0):
+            damped = (lam > 0) & (divergences.chi2 > 0)
+            # Of an infinite χ², too.
+            chi2 = jnp.where(damped, jnp.minimum(divergences.chi2, 1 / eps(dtype)), 1)
+            spread = jnp.where(damped, jnp.sqrt(chi2), 0)
+            divisor = divisor * (1 + jnp.asarray(damping, dtype) * spread)
+        scale = jnp.where(is_infinite(lam), scale, scale / divisor)
         # Where null isn't finite, the gradients of the parameters are not those of the loss.
         scale = jnp.where(jnp.isfinite(jnp.asarray(sums.null)), scale, jnp.nan)
-        new = AttentionState(
+        new = new._replace(
             count=optax.safe_increment(jnp.asarray(state.count)),
             temperature=jnp.asarray(tuned.update(state, divergences)),
-            baseline=baseline,
             # To a batch with the weight 1, what was before is but a point of reference.
-            averaged=jnp.where(jnp.less(following, 1), averaged, 0),
+            averaged=jnp.where(jnp.less(following, 1), new.averaged, 0),
         )
-        kept = state._replace(temperature=state.baseline)  # whatever kind of number was set there
-        new = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), new, kept)
+        # Whatever kind of number was set as λ.
+        like = state._replace(temperature=state.baseline)
+        new = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), new, like)
         return jax.tree.map(lambda g: _multiply(g, scale), updates), new
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def _damping(damping: ArrayLike, lam: jax.Array, chi2: jax.Array) -> jax.Array:
-    """What the gradients are divided by where weight is on hard examples, and at least 1."""
-    damped = (lam > 0) & ~is_infinite(lam) & (chi2 > 0)
-    most = float(jnp.finfo(chi2.dtype).max) ** 0.25  # for an infinite χ²
-    spread = jnp.sqrt(jnp.where(damped, jnp.minimum(chi2, most), 1))
-    return jnp.where(damped, 1 + jnp.asarray(damping, chi2.dtype) * spread, 1)
 
 
 def _multiply(g: ArrayLike, scale: jax.Array) -> jax.Array:
