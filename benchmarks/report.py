@@ -21,6 +21,9 @@ import numpy as np
 from benchmarks.config import Config, fail
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
+DESCRIBED = {"command", "arguments", "machine", "versions"}  # by every config.json of ours
+# Arguments that the results don't depend on.
+FREE = {"out", "resume", "checkpoint_every", "tensorboard", "coordinator"}
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
@@ -77,9 +80,7 @@ def folder(config: Config) -> Iterator[dict[str, Any]]:
     path, lock = config.out / "config.json", filelock.FileLock(config.out / ".lock")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
-        ours = {".lock", "config.json.part"}  # what is left of a start that was cut off
-        if not path.exists() and {p.name for p in config.out.iterdir()} - ours:
-            fail(f"--out {config.out} holds files and no run of a benchmark: name another folder")
+        earlier_run(path)  # before anything is written, a lock included
         lock.acquire(blocking=False)
         description = begin(path, describe(config), resume=bool(resume))
         save(path, description)
@@ -99,26 +100,43 @@ def folder(config: Config) -> Iterator[dict[str, Any]]:
 
 def begin(path: pathlib.Path, description: dict[str, Any], *, resume: bool) -> dict[str, Any]:
     """The description of the run that is to begin or to go on, or an error."""
-    out = path.parent
-    if not path.exists():
+    out, earlier = path.parent, earlier_run(path)
+    if not earlier:
         return description | {"finished": False}
-    try:
-        earlier = json.loads(path.read_bytes())
-        before, finished = earlier["arguments"], earlier.get("finished", True)
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"{path} is damaged, or not a benchmark's ({error!r}): name another --out")
+    before = earlier["arguments"]
     if not resume:
-        if not finished and "resume" in before:
+        if not earlier.get("finished", True) and "resume" in before:
             fail(
                 f"--out {out} holds a run that was not finished: add --resume to go on with it, or "
                 "name another folder"
             )
         return description | {"finished": False}
-    now, free = description["arguments"], {"resume", "coordinator"}
+    now = description["arguments"]
+    # A data set of a name is the same wherever its files are; idx may be any.
+    free = FREE | ({"data_dir"} if now.get("dataset") != "idx" else set())
     if changed := [k for k in now if k not in free and before.get(k) != now[k]]:
         listed = ", ".join(f"{k} {before.get(k)}, now {now[k]}" for k in changed)
         fail(f"--resume needs the arguments of the run in {out}, got {listed}")
-    return description | {"started": earlier.get("started"), "finished": False}
+    started = earlier.get("started") or description["started"]  # which the first ones don't say
+    return description | {"started": started, "finished": False}
+
+
+def earlier_run(path: pathlib.Path) -> dict[str, Any]:
+    """What config.json says of the run in a folder, if there is one; an error if it isn't ours."""
+    out = path.parent
+    if not path.exists():
+        # A start that was cut off leaves the lock, which is empty, and then a part of the other.
+        found, lock = {p.name for p in out.iterdir()}, out / ".lock"
+        ours = found <= {lock.name, "config.json.part"} and lock.exists()
+        if found and not (ours and lock.stat().st_size == 0):
+            fail(f"--out {out} holds files and no run of a benchmark: name another folder")
+        return {}
+    with contextlib.suppress(ValueError):
+        earlier = json.loads(path.read_bytes())
+        whole = isinstance(earlier, dict) and earlier.keys() >= DESCRIBED
+        if whole and isinstance(earlier["arguments"], dict):
+            return earlier
+    fail(f"{path} is damaged, or not a benchmark's: name another --out")
 
 
 def cannot_write(out: pathlib.Path, error: OSError) -> str:

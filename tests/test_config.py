@@ -1,7 +1,9 @@
 """What a benchmark can't be told is an error that says so, and writes nothing."""
 
 import dataclasses
+import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -207,7 +209,10 @@ class TestFolder:
         assert found["arguments"] == {"out": str(toy_config.out), "seed": 0}
         assert found["finished"]
 
-    @pytest.mark.parametrize("of_theirs", ["checkpoints/mine/weights", "log.txt", "notes.md"])
+    @pytest.mark.parametrize(
+        "of_theirs",
+        ["checkpoints/mine/weights", "log.txt", "notes.md", ".lock", "config.json.part"],
+    )
     def test_somebody_elses(self, toy_config, of_theirs, capsys):
         path = toy_config.out / of_theirs
         path.parent.mkdir(parents=True)
@@ -218,15 +223,36 @@ class TestFolder:
         assert [p for p in toy_config.out.rglob("*") if p.is_file()] == [path]
         assert path.read_text() == "mine"
 
-    @pytest.mark.parametrize("content", ["", "{", "[]", '{"mine": 1}', "\xff"])
-    def test_another_config(self, toy_config, content, capsys):
-        toy_config.out.mkdir()
-        path = toy_config.out / "config.json"
+    @pytest.mark.parametrize("resume", [False, True])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            *("", "{", "[]", "1", '{"mine": 1}', "\xff", '["arguments", "command", "machine"]'),
+            *('{"arguments": {}}', '{"arguments": {"resume": true, "lr": 0.1}, "finished": true}'),
+            '{"arguments": [], "command": "", "machine": {}, "versions": {}}',
+        ],
+    )
+    def test_another_config(self, tmp_path, content, resume, capsys):
+        out = tmp_path / "out"
+        out.mkdir()
+        path = out / "config.json"
         path.write_text(content, encoding="latin1")
-        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+        theirs = longtail.Config(out=out, resume=resume)
+        with pytest.raises(SystemExit, match="2"), report.folder(theirs):
             pass
         assert f"{path} is damaged, or not a benchmark's" in capsys.readouterr().err
         assert path.read_text(encoding="latin1") == content
+        assert list(out.iterdir()) == [path]
+
+    def test_of_the_first_versions(self, toy_config):
+        """They say neither when they were started nor whether they ended."""
+        with report.folder(toy_config):
+            pass
+        path = toy_config.out / "config.json"
+        found = load(toy_config.out, "config")
+        path.write_text(json.dumps({k: found[k] for k in report.DESCRIBED}))
+        with report.folder(toy_config) as description:
+            assert description["started"]
 
     def test_file(self, toy_config, capsys):
         toy_config.out.write_text("mine")
@@ -247,6 +273,72 @@ class TestFolder:
             assert second.returncode == 2
             assert "is in use by another process" in second.stderr
         assert subprocess.run(command, cwd=ROOT).returncode == 0
+
+
+class TestResume:
+    """It needs the arguments that the results depend on, and no other."""
+
+    @pytest.fixture
+    def cut_off(self, tmp_path):
+        """A run that was, and what config.json says of it."""
+        begun = longtail.Config(out=tmp_path / "out", data_dir=tmp_path)
+        with pytest.raises(KeyboardInterrupt), report.folder(begun):
+            raise KeyboardInterrupt
+        return dataclasses.replace(begun, resume=True), load(begun.out, "config")
+
+    def test_moved(self, cut_off, tmp_path, monkeypatch):
+        begun, before = cut_off
+        begun.out.rename(tmp_path / "moved")
+        monkeypatch.chdir(tmp_path)
+        other = {"checkpoint_every": 7.0, "tensorboard": True, "data_dir": None}
+        for out in (tmp_path / "moved", pathlib.Path("moved"), pathlib.Path("moved/../moved")):
+            with report.folder(dataclasses.replace(begun, out=out, **other)) as description:
+                assert description["started"] == before["started"]
+                assert description["arguments"]["out"] == str(out)
+
+    @pytest.mark.parametrize("started", [True, False])
+    def test_other_versions(self, cut_off, started):
+        """They may have had arguments that are no more, and not have said when they began."""
+        begun, found = cut_off
+        found["arguments"]["of_old"] = 1
+        if not started:
+            found.pop("started")
+        (begun.out / "config.json").write_text(json.dumps(found))
+        with report.folder(begun) as description:
+            assert description["started"]
+            if started:
+                assert description["started"] == found["started"]
+        assert "of_old" not in load(begun.out, "config")["arguments"]
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            ({"gamma": 0.5}, "gamma 0.9, now 0.5"),
+            ({"at_once": 2}, "at_once None, now 2"),
+            ({"dataset": "idx", "data_dir": None}, "dataset digits, now idx"),
+        ],
+    )
+    def test_refused(self, cut_off, change, told, capsys):
+        begun, found = cut_off
+        with (
+            pytest.raises(SystemExit, match="2"),
+            report.folder(dataclasses.replace(begun, **change)),
+        ):
+            pass
+        assert told in capsys.readouterr().err
+        assert load(begun.out, "config") == found
+
+    def test_other_data(self, tmp_path, capsys):
+        """Which --dataset idx doesn't name."""
+        begun = longtail.Config(out=tmp_path, dataset="idx", data_dir=tmp_path)
+        with report.folder(begun):
+            pass
+        with (
+            pytest.raises(SystemExit, match="2"),
+            report.folder(dataclasses.replace(begun, data_dir=None, resume=True)),
+        ):
+            pass
+        assert f"got data_dir {tmp_path}, now None" in capsys.readouterr().err
 
 
 def test_terminal_without_greek():

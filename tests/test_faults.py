@@ -154,6 +154,13 @@ def test_interrupted(trainer, whole, tmp_path):
     check(out, whole, 0)
 
 
+def test_moved(trainer, whole, stopped):
+    """It goes on in another place, and with another time between checkpoints."""
+    moved = stopped.rename(stopped.with_name("moved"))
+    assert trainer.run(moved, "--checkpoint-every", "30")[0] == 0
+    check(moved, whole, 0)
+
+
 def test_damaged(trainer, whole, stopped):
     folder, files = checkpoint(stopped)
     for path, content in files.items():
