@@ -9,9 +9,9 @@ Of its parts,
               same network, parameters, examples, order and threads. The package, extra `reference`,
               may be in an environment of its own, whose interpreter is --torch-python;
     meta      has the algorithms of benchmarks.meta, which learn the weights, beside ABSGD;
-    growth    has softmax and tilt of n losses, and the value and gradient of the tilted mean,
-              beside a copy of them, the update of n parameters beside the same traffic of memory,
-              and the step on n devices beside SGD's.
+    growth    has softmax of n losses, and value and gradient of their tilted mean, beside a copy
+              of them, the update of n parameters beside the same traffic of memory, and the step on
+              n devices beside SGD's.
 
 The first line of a comparison has what the others are beside. In these, numbers with a sign are
 differences and those without are ratios. What is compared is timed in turn, there and back; a ratio
@@ -40,7 +40,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from absgd_jax import scale_by_attention, tilt
+from absgd_jax import scale_by_attention, Sums, tilt, zero_sums
 from benchmarks import meta, models, report, steps
 from benchmarks.config import Config as BaseConfig
 from benchmarks.config import fail, FROM_1, POSITIVE, read
@@ -249,39 +249,43 @@ def torch_parameters(params: Any) -> dict[str, np.ndarray]:
 def losses(config: Config, n: int) -> dict[str, Job]:
     each = jax.random.exponential(jax.random.key(0), (n,))
     opt_state = scale_by_attention(steps.TEMPERATURE).init(None)
+
+    def mean(losses, sums, opt_state):
+        return tilt(losses, opt_state, sums).mean()
+
     functions = {
-        "copy": lambda losses, opt_state: jnp.copy(losses),
-        "softmax": lambda losses, opt_state: jax.nn.softmax(losses),
-        "tilt": tilt,
-        "value_and_grad": jax.value_and_grad(lambda *args: tilt(*args).mean()),
+        "copy": lambda losses, sums, opt_state: jnp.copy(losses),
+        "softmax": lambda losses, sums, opt_state: jax.nn.softmax(losses),
+        "value_and_grad": jax.value_and_grad(mean, argnums=(0, 1)),
     }
+    inputs = each, zero_sums(), opt_state
 
     def job(function):
         # Into memory that is there already, as in training.
-        out = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, each, opt_state))
-        return lambda out, *args: function(*args), out, each, opt_state
+        out = jax.tree.map(jnp.zeros_like, jax.eval_shape(function, *inputs))
+        return lambda out, *args: function(*args), out, *inputs
 
     return {name: job(function) for name, function in functions.items()}
 
 
 def parameters(config: Config, n: int) -> dict[str, Job]:
-    grads, value = jnp.ones(n), jnp.float32(1)
+    grads, sums = jnp.ones(n), jax.device_put(Sums(weight=1.0, exp=1.0))  # of losses of V
 
-    def traffic(state, grads, value):
+    def traffic(state, grads, sums):
         return tuple(x + grads for x in state)
 
     def job(form):
         tx = steps.make_optimizer(form)
 
-        def update(state, grads, value):
+        def update(state, grads, sums):
             params, opt_state = state
-            updates, opt_state = tx.update(grads, opt_state, params, value=value)
+            updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
             return optax.apply_updates(params, updates), opt_state
 
-        return update, (jnp.zeros(n), tx.init(grads)), grads, value
+        return update, (jnp.zeros(n), tx.init(grads)), grads, sums
 
     state = jnp.zeros(n), jnp.zeros(n)
-    return {"traffic": (traffic, state, grads, value), "sgd": job("sgd"), "absgd": job("absgd")}
+    return {"traffic": (traffic, state, grads, sums), "sgd": job("sgd"), "absgd": job("absgd")}
 
 
 def devices(config: Config, n: int) -> dict[str, Job]:

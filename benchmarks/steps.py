@@ -7,10 +7,10 @@ Of ABSGD,
     masked               has a mask;
     shard_map            has the mean of each device's part, and lax.pmean;
     shard_map_automatic  has these, and a λ that tunes itself;
-    accumulate           has micro-batches.
+    multi_steps          has optax.MultiSteps around it, and the sums beside the parameters.
 
-What SGD has in each form is the same loop but for `tilt` and for `value`, which it has no use for
-but is given, too. Every step reports its loss, or the compiler would leave it out.
+What SGD has in each form is the same loop but for `tilt` and its sums. Every step reports its loss,
+or the compiler would leave it out.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import absgd, accumulate, target_ess, tilt
+from absgd_jax import absgd, target_ess, tilt, zero_sums
 from benchmarks import models
 
 IMAGE_SHAPES = {"mlp": (28, 28, 1), "cnn": (28, 28, 1), "resnet32": (32, 32, 3)}
@@ -40,7 +40,7 @@ FORMS = {
     "masked": "sgd_masked",
     "shard_map": "sgd_shard_map",
     "shard_map_automatic": "sgd_shard_map",
-    "accumulate": "sgd_multi_steps",
+    "multi_steps": "sgd_multi_steps",
 }
 
 
@@ -101,37 +101,46 @@ def make_optimizer(form: str) -> optax.GradientTransformationExtraArgs | optax.M
     else:
         temperature = target_ess(0.5) if "automatic" in form else TEMPERATURE
         tx = absgd(RATE, temperature, momentum=MOMENTUM)
-    micro = {"sgd_multi_steps": optax.MultiSteps, "accumulate": accumulate}.get(form)
-    return micro(tx, EVERY_K) if micro else tx
+    return optax.MultiSteps(tx, EVERY_K) if "multi_steps" in form else tx
 
 
 def make_step(work: Work, form: str, mesh: Mesh) -> tuple[Step, State, Batch]:
     """The step, and what to call it with."""
     tx = make_optimizer(form)
-    sgd, mapped, automatic = form in FORMS.values(), "shard_map" in form, "automatic" in form
+    sgd, mapped, beside = form in FORMS.values(), "shard_map" in form, form == "multi_steps"
+    if beside:
+        work = with_sums(work)
 
     def step(state, batch):
         params, other, opt_state, _ = state
 
-        def loss_fn(params):
+        def loss_fn(params, sums):
             losses, new = work.losses(params, other, batch)
-            each = losses if sgd else tilt(losses, opt_state)
+            each = losses if sgd else tilt(losses, opt_state, (params, sums))
             where = batch.where if "masked" in form else None
-            return jnp.mean(each, where=where), (losses, new)
+            return jnp.mean(each, where=where), new
 
-        local = lax.pcast(params, AXIS, to="varying") if mapped else params
-        (loss, (losses, other)), grads = jax.value_and_grad(loss_fn, has_aux=True)(local)
+        local = params, None if sgd or beside else zero_sums()
         if mapped:
-            loss, grads, other = lax.pmean((loss, grads, other), AXIS)
-        extra_args = {"value": loss}
-        if automatic:
-            extra_args |= {"losses": losses, "axis_name": AXIS if mapped else None}
-        updates, opt_state = tx.update(grads, opt_state, params, **extra_args)
+            local = lax.pcast(local, AXIS, to="varying")
+        gradient = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (loss, other), (grads, sums) = gradient(*local)
+        if mapped:
+            loss, grads, sums, other = lax.pmean((loss, grads, sums, other), AXIS)
+        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
         return State(optax.apply_updates(params, updates), other, opt_state, loss)
 
     if mapped:
         step = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P())
     return step, make_state(work, tx.init(work.params)), work.examples
+
+
+def with_sums(work: Work) -> Work:
+    """For what passes on gradients alone: the sums stand beside the parameters."""
+    return work._replace(
+        losses=lambda params, *args: work.losses(params["net"], *args),
+        params={"net": work.params, "sums": zero_sums()},
+    )
 
 
 def make_state(work: Work, opt_state: Any) -> State:
