@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from absgd_jax import robust_loss
+from absgd_jax import robust_loss, Sums
 from benchmarks import meta
 from benchmarks.config import Must, readable
 
@@ -36,7 +36,8 @@ class Parts(NamedTuple):
     # Of parameters and images; beside them statistics.
     logits: Callable[[Any, jax.Array], tuple[jax.Array, Any]]
     loss: Callable[[jax.Array, jax.Array], jax.Array]  # of each example, by logits and labels
-    mean: Callable[[jax.Array], jax.Array]  # of the losses, in ABSGD's weights
+    tilt: Callable[[jax.Array, Sums], jax.Array]  # the losses, with the slopes of ABSGD
+    mean: Callable[[jax.Array], jax.Array]  # of such losses
     temperature: jax.Array  # λ
 
 
@@ -51,8 +52,8 @@ class Batch(NamedTuple):
     rate: jax.Array  # the learning rate
 
 
-# The value, of which update is told; the losses, statistics, and memory; and the gradients.
-Step = tuple[tuple[jax.Array, tuple[jax.Array, Any, Any]], Any]
+# The gradients and their sums; and the losses, statistics, and memory.
+Step = tuple[tuple[Any, Sums], tuple[jax.Array, Any, Any]]
 
 
 class Way(NamedTuple):
@@ -68,12 +69,12 @@ class Method(NamedTuple):
 
 
 def plain(parts: Parts, params: Any, memory: Any, batch: Batch) -> Step:
-    def loss_fn(params):
+    def loss_fn(params, sums):
         logits, other = parts.logits(params, batch.x)
         losses = parts.loss(logits, batch.y)
-        return parts.mean(losses), (losses, other, memory)
+        return parts.mean(parts.tilt(losses, sums)), (losses, other, memory)
 
-    return jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
 
 def mixup(alpha: float = 1.0) -> Way:
@@ -96,7 +97,7 @@ def mixup(alpha: float = 1.0) -> Way:
 
 def sam(rho: float = 0.05) -> Way:
     def step(parts, params, memory, batch):
-        _, grads = plain(parts, params, memory, batch)
+        (grads, _), _ = plain(parts, params, memory, batch)
         scale = rho / (optax.tree.norm(grads) + 1e-12)
         uphill = jax.tree.map(lambda p, g: p + scale * g, params, grads)
         return plain(parts, uphill, memory, batch)
@@ -108,16 +109,17 @@ def elr(coefficient: float = 3.0) -> Way:
     """The memory is the moving average of what was predicted of every training example."""
 
     def step(parts, params, memory, batch):
-        def loss_fn(params):
+        def loss_fn(params, sums):
             logits, other = parts.logits(params, batch.x)
             p = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
             new = jax.lax.stop_gradient(p / p.sum(axis=-1, keepdims=True))
             targets = TARGET_DECAY * memory[batch.index] + (1 - TARGET_DECAY) * new
             agreement = jnp.sum(targets * p, axis=-1)
             losses = parts.loss(logits, batch.y) + coefficient * jnp.log1p(-agreement)
-            return parts.mean(losses), (losses, other, memory.at[batch.index].set(targets))
+            mean = parts.mean(parts.tilt(losses, sums))
+            return mean, (losses, other, memory.at[batch.index].set(targets))
 
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
     return Way(step, lambda examples, classes, _: jnp.zeros((examples, classes)))
 

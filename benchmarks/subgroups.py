@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+from absgd_jax import Sums
 from benchmarks import comparison, config, longtail, methods, report
 from benchmarks.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
 from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, POSITIVE
@@ -128,15 +129,15 @@ def group_dro(rate: float) -> Way:
     """
 
     def step(parts: Parts, params: Any, log_q: jax.Array, batch: Batch) -> Step:
-        def loss_fn(params):
+        def loss_fn(params, sums):
             logits, other = parts.logits(params, batch.x)
             losses = parts.loss(logits, batch.y)
-            each = batch.weight * losses * len(log_q)
+            each = batch.weight * parts.tilt(losses, sums) * len(log_q)
             means = jnp.zeros_like(log_q).at[batch.group].add(each) / len(losses)
             new = jax.nn.log_softmax(log_q + rate * jax.lax.stop_gradient(means))
             return jnp.exp(new) @ means, (losses, other, new)
 
-        return jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
     return Way(step, lambda examples, classes, groups: jnp.full(groups, -np.log(groups)))
 

@@ -296,7 +296,8 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
         parts = Parts(
             forward,
             lambda z, y: task.method.loss(z, y, run.class_counts, state.step >= second_stage),
-            lambda losses: (weight * tilt(losses, state.opt_state)).mean(),
+            lambda losses, sums: tilt(losses, state.opt_state, sums),
+            lambda losses: (weight * losses).mean(),
             get_temperature(state.opt_state),
         )
         batch = Batch(
@@ -305,12 +306,10 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
             key=jax.random.fold_in(key, 0),  # the key itself has drawn the augmentation
             rate=run.learning_rate * rate(state.step),
         )
-        (value, (losses, other, memory)), grads = task.method.way.step(
+        (grads, sums), (losses, other, memory) = task.method.way.step(
             parts, state.params, state.memory, batch
         )
-        updates, opt_state = optimizer(run).update(
-            grads, state.opt_state, state.params, value=value, losses=losses
-        )
+        updates, opt_state = optimizer(run).update(grads, state.opt_state, state.params, sums=sums)
         params = optax.apply_updates(state.params, updates)
         scalars = diagnostics.summary(
             losses, state.opt_state, labels=run.train.group[index], num_classes=task.groups

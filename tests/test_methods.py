@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+from absgd_jax import scale_by_attention, tilt
 from benchmarks import longtail, meta, methods
 from benchmarks.methods import Batch, Parts
 
@@ -37,25 +38,26 @@ def gradients(params, x=X, targets=EYE[Y]):
 
 @pytest.fixture
 def step(x64):
-    parts = Parts(
-        lambda params, x: (x @ params, "statistics"),
-        optax.softmax_cross_entropy_with_integer_labels,
-        jnp.mean,
-        jnp.asarray(TEMPERATURE),
-    )
     arrays = map(jnp.asarray, (INDEX, X, Y, GROUP, WEIGHT))
     clean = jnp.asarray(CLEAN_X), jnp.asarray(CLEAN_Y)
     batch = Batch(*arrays, clean, jax.random.key(3), 0.5)
 
     def step(way, memory=()):
-        """What it returns, the batch being the above."""
+        """What it returns, and the loss, the batch being the above."""
 
-        def run(params, memory):
-            (value, (each, other, memory)), grads = way.step(parts, params, memory, batch)
+        def run(params, memory, opt_state):
+            parts = Parts(
+                lambda params, x: (x @ params, "statistics"),
+                optax.softmax_cross_entropy_with_integer_labels,
+                lambda losses, sums: tilt(losses, opt_state, sums),
+                jnp.mean,
+                jnp.asarray(TEMPERATURE),
+            )
+            (grads, sums), (each, other, memory) = way.step(parts, params, memory, batch)
             assert other == "statistics"
-            return value, each, memory, grads
+            return 2**20 * sums.level, each, memory, grads  # V being 0
 
-        return jax.jit(run)(jnp.asarray(PARAMS), memory)
+        return jax.jit(run)(jnp.asarray(PARAMS), memory, scale_by_attention(jnp.inf).init(None))
 
     return step
 
@@ -109,11 +111,12 @@ def test_elr(step):
 
 
 def test_learning_to_reweight(step):
-    _, each, _, grads = step(methods.WAYS["l2rw"]())
+    value, each, _, grads = step(methods.WAYS["l2rw"]())
     of_clean = gradients(PARAMS, CLEAN_X, EYE[CLEAN_Y]).mean(axis=0)
     weights = np.maximum(np.sum(gradients(PARAMS) * of_clean, axis=(1, 2)), 0)
     assert 0 < np.sum(weights > 0) < 8
     np.testing.assert_allclose(each, losses(PARAMS))
+    np.testing.assert_allclose(value, np.average(each, weights=weights))
     np.testing.assert_allclose(
         grads, np.einsum("i,ijk", weights / weights.sum(), gradients(PARAMS))
     )

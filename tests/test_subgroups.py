@@ -8,6 +8,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from absgd_jax import scale_by_attention, tilt
 from benchmarks import subgroups
 from benchmarks.methods import Batch, Parts
 from benchmarks.subgroups import Setting
@@ -47,14 +48,19 @@ def test_group_dro():
     weight = 10 / (3 * sizes[group])
     means = [LOSSES[group == g].sum() / (8 * sizes[g] / 10) for g in range(3)]
     q = np.exp(0.1 * np.array(means))
+    state = scale_by_attention(jnp.inf).init(None)
     # The losses are those of one parameter, 1, whose gradient is the value.
-    parts = Parts(lambda p, x: (p * x, ()), lambda z, y: z, jnp.mean, jnp.inf)
+    parts = Parts(
+        *(lambda p, x: (p * x, ()), lambda z, y: z, lambda x, sums: tilt(x, state, sums), jnp.mean),
+        jnp.inf,
+    )
     batch = Batch(None, *map(jnp.asarray, (LOSSES, group, group, weight)), None, None, None)
     for rate, expected in ((0.0, np.full(3, 1 / 3)), (0.1, q / q.sum())):
         way = subgroups.group_dro(rate)
-        (value, (losses, _, log_q)), grad = way.step(parts, jnp.ones([]), way.init(8, 2, 3), batch)
+        (grad, sums), (losses, _, log_q) = way.step(parts, jnp.ones([]), way.init(8, 2, 3), batch)
         np.testing.assert_allclose(losses, LOSSES)
         np.testing.assert_allclose(np.exp(log_q), expected, rtol=1e-5)
+        value = 2**20 * sums.level  # where V is 0
         np.testing.assert_allclose([value, grad], np.average(means, weights=expected), rtol=1e-5)
 
 
