@@ -28,7 +28,7 @@ import scipy.optimize
 from sklearn.datasets import load_digits
 from tqdm import tqdm
 
-from absgd_jax import absgd, robust_loss, tilt
+from absgd_jax import absgd, robust_loss, Sums, tilt
 from benchmarks import report
 from benchmarks.config import ABOVE_0, fail, FINITE_TEMPERATURE, FROM_1, FROM_2, POSITIVE, read
 from benchmarks.config import Config as BaseConfig
@@ -105,8 +105,12 @@ def train(
         w, opt_state = carry
         chosen = jax.random.randint(key, (n,), 0, len(data[1]))
         batch = jax.tree.map(lambda x: x[chosen], data)
-        loss, grads = jax.value_and_grad(lambda w: tilt(losses(w, batch), opt_state).mean())(w)
-        updates, opt_state = tx.update(grads, opt_state, w, value=loss)
+
+        def loss_fn(w, sums):
+            return tilt(losses(w, batch), opt_state, sums).mean()
+
+        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(w, Sums())
+        updates, opt_state = tx.update(grads, opt_state, w, sums=sums)
         return (optax.apply_updates(w, updates), opt_state), None
 
     w = jnp.zeros(data[0].shape[1] * CLASSES)

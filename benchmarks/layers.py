@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from absgd_jax import Sums
+
 Layers = list[tuple[jax.Array, jax.Array]]
 
 
@@ -30,20 +32,20 @@ def predict(layers: Layers, x: jax.Array) -> jax.Array:
 
 def learn(
     tx: optax.GradientTransformationExtraArgs,
-    loss_fn: Callable[[Layers, Any, Any], tuple[jax.Array, tuple[jax.Array, Any]]],
+    loss_fn: Callable[[Layers, Sums, Any, Any], tuple[jax.Array, Any]],
     layers: Layers,
     batches: Any,
 ) -> tuple[Layers, Any]:
     """The layers after a step on each batch, and the records.
 
-    ``loss_fn(layers, opt_state, batch)`` returns the value, the losses, and what is recorded.
+    ``loss_fn(layers, sums, opt_state, batch)`` returns the loss, and what is recorded.
     """
 
     def step(carry, batch):
         layers, opt_state = carry
-        gradient = jax.value_and_grad(loss_fn, has_aux=True)
-        (value, (losses, record)), grads = gradient(layers, opt_state, batch)
-        updates, opt_state = tx.update(grads, opt_state, layers, value=value, losses=losses)
+        gradient = jax.grad(loss_fn, argnums=(0, 1), has_aux=True)
+        (grads, sums), record = gradient(layers, Sums(), opt_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, layers, sums=sums)
         return (optax.apply_updates(layers, updates), opt_state), record
 
     (layers, _), records = jax.lax.scan(step, (layers, tx.init(layers)), batches)

@@ -155,13 +155,13 @@ def train(images, batches, counts, rates, temperatures, keys, *, hidden, automat
     def run(batches, counts, rate, temperature, key):
         tx = absgd(rate, target_ess(temperature) if automatic else temperature)
 
-        def loss_fn(params, opt_state, batch):
+        def loss_fn(params, sums, opt_state, batch):
             index, labels, counts = batch
             logits = layers.predict(params, images[index])
             each = losses.balanced_softmax(logits, labels, class_counts=counts)
             # By parameters that have not yet learnt from these labels.
             correct = jnp.argmax(logits, axis=-1) == labels
-            return tilt(each, opt_state).mean(), (each, (correct, jnp.isfinite(each).all()))
+            return tilt(each, opt_state, sums).mean(), (correct, jnp.isfinite(each).all())
 
         params = layers.init(key, (images.shape[1], hidden, counts.shape[1]))
         _, (correct, finite) = layers.learn(tx, loss_fn, params, (*batches, counts))

@@ -42,7 +42,7 @@ from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from absgd_jax import abadam, losses, target_ess, tilt, two_stage
+from absgd_jax import abadam, losses, Sums, target_ess, tilt, two_stage
 from benchmarks import comparison, datasets, report
 from benchmarks.comparison import near_guess, SEARCH_SEED, SGD, TEMPERATURE
 from benchmarks.config import ABOVE_0, FROM_1, FROM_2, POSITIVE, read, refusing
@@ -308,18 +308,16 @@ def train_step(program: Program, run: Run, params, opt_state, x, y):
     where = y >= 0
     y = jnp.where(where, y, 0).astype(jnp.int32)
 
-    def loss_fn(params):
+    def loss_fn(params, sums):
         z = nnx.merge(program.graph, params)(x)
         each, mask = LOSSES[program.loss](z, y, where, run.prior), where
         if program.unit == "scene":
             each, mask = jnp.mean(each, axis=(1, 2), where=mask), jnp.any(mask, axis=(1, 2))
-        return jnp.mean(tilt(each, opt_state), where=mask), (each, mask)
+        return jnp.mean(tilt(each, opt_state, sums), where=mask)
 
-    (value, (each, mask)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = make_optimizer(program, run).update(
-        grads, opt_state, params, value=value, losses=each, where=mask
-    )
-    return optax.apply_updates(params, updates), opt_state, jnp.mean(each, where=mask)
+    loss, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())
+    updates, opt_state = make_optimizer(program, run).update(grads, opt_state, params, sums=sums)
+    return optax.apply_updates(params, updates), opt_state, loss
 
 
 @functools.partial(jax.jit, static_argnums=0)

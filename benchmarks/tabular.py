@@ -306,12 +306,12 @@ def train_one(
     def logits(params, index):
         return layers.predict(params, (x[index] - fold.mean) / fold.std)
 
-    def loss_fn(params, opt_state, index):
+    def loss_fn(params, sums, opt_state, index):
         z, y = logits(params, index), fold.labels[index]
         each = jnp.stack([loss(z, y, fold) for loss in LOSSES.values()])[run.loss]
         level = levels(jax.lax.stop_gradient(each), y, classes, get_temperature(opt_state))
         each = each - jnp.where(run.within, level[y], 0)
-        return tilt(each, opt_state).mean(), (each, jnp.isfinite(each).all())
+        return tilt(each, opt_state, sums).mean(), jnp.isfinite(each).all()
 
     params, finite = layers.learn(tx, loss_fn, params, fold.batches)
     return logits(params, fold.evaluation), finite.all()

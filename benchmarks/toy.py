@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 from sklearn.datasets import make_circles
 
-from absgd_jax import absgd, robust_loss, tilt, two_stage
+from absgd_jax import absgd, robust_loss, Sums, tilt, two_stage
 from absgd_jax.data import flip_labels
 from benchmarks import report
 from benchmarks.config import Config as BaseConfig
@@ -91,11 +91,12 @@ def train(row: Row, model: nnx.Module, key: jax.Array, points, labels, temperatu
         model, opt_state = carry
         batch = jax.random.randint(key, (BATCH,), 0, len(labels))
 
-        def loss_fn(model):
-            return tilt(cross_entropy(model(points[batch]), labels[batch]), opt_state).mean()
+        def loss_fn(model, sums):
+            losses = cross_entropy(model(points[batch]), labels[batch])
+            return tilt(losses, opt_state, sums).mean()
 
-        loss, grads = jax.value_and_grad(loss_fn)(model)
-        updates, opt_state = tx.update(grads, opt_state, model, value=loss)
+        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(model, Sums())
+        updates, opt_state = tx.update(grads, opt_state, model, sums=sums)
         return (optax.apply_updates(model, updates), opt_state), None
 
     keys = jax.random.split(key, row.steps)
