@@ -16,36 +16,36 @@ from jax.sharding import PartitionSpec as P
 from absgd_jax import (
     abadam,
     absgd,
-    accumulate,
+    AttentionState,
     get_temperature,
     scale_by_attention,
+    Sums,
     target_ess,
     target_kl,
     tilt,
     two_stage,
+    zero_sums,
 )
+from tests.support.attended import attend, follow, slopes_and_sums
 
 OPTIMIZERS = {
     "scale_by_attention": lambda rate: scale_by_attention(2.0),
     "absgd": lambda rate: absgd(rate, 2.0, weight_decay=1e-3),
     "abadam": lambda rate: abadam(rate, 2.0, weight_decay=1e-3),
-    "accumulate": lambda rate: accumulate(absgd(rate, 2.0), 2),
     "automatic": lambda rate: absgd(rate, target_ess(0.9)),
 }
 RATE = 0.05
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 8), "b": jnp.float32(0.3)}
 LOSSES = np.random.default_rng(0).gamma(2.0, size=(4, 16)).astype(np.float32)
-JUMP = LOSSES * np.float32([[1], [1], [1], [30]])
+JUMP = LOSSES * np.float32([[1], [1], [1], [8]])
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
 
 
 def update(tx, params, opt_state, losses, **extra_args):
     """One step; the parameters are their own gradients."""
-    value = tilt(losses, opt_state).mean()
-    updates, opt_state = tx.update(
-        params, opt_state, params, value=value, losses=losses, **extra_args
-    )
+    _, sums = slopes_and_sums(losses, opt_state)
+    updates, opt_state = tx.update(params, opt_state, params, sums=sums, **extra_args)
     return optax.apply_updates(params, updates), opt_state
 
 
@@ -75,9 +75,18 @@ def plain_run(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 class TestEveryOptimizer:
-    def test_ignores_unknown_extra_arguments_and_compiles_once(self, name):
-        tx = OPTIMIZERS[name](RATE)
-        chex.assert_trees_all_equal(run(tx, unknown=jnp.float32(1.0), fn=len), plain_run(name))
+    def test_ignores_other_extra_arguments_and_compiles_once(self, name):
+        tx, number = OPTIMIZERS[name](RATE), jnp.float32(jnp.nan)
+        extra_args = {"unknown": number, "fn": len, "value": number, "loss": number, "grad": None}
+        chex.assert_trees_all_equal(run(tx, **extra_args), plain_run(name))
+
+    def test_the_state_is_that_of_the_optimizer_and_four_scalars(self, name):
+        state, *_ = jax.tree.leaves(
+            OPTIMIZERS[name](RATE).init(PARAMS), is_leaf=lambda x: isinstance(x, AttentionState)
+        )
+        assert state._fields == ("count", "temperature", "baseline", "averaged")
+        assert all(leaf.shape == () for leaf in state)
+        assert [leaf.dtype.kind for leaf in state] == ["i", "f", "f", "i"]
 
     def test_tells_the_parameters_in_its_state_from_the_rest(self, name):
         tx = OPTIMIZERS[name](RATE)
@@ -89,9 +98,9 @@ class TestEveryOptimizer:
             transform_non_params=lambda _: "other",
         )
         marks = jax.tree.leaves(marks)
-        copies = {"scale_by_attention": 0, "abadam": 2, "accumulate": 2}.get(name, 1)
+        copies = {"scale_by_attention": 0, "abadam": 2}.get(name, 1)
         assert marks.count("w") == marks.count("b") == copies
-        assert marks.count("other") == len(marks) - 2 * copies >= 5
+        assert marks.count("other") == len(marks) - 2 * copies >= 4
 
     def test_init_needs_shapes_only(self, name):
         init, shapes = OPTIMIZERS[name](RATE).init, jax.eval_shape(lambda: PARAMS)
@@ -114,8 +123,8 @@ class TestEveryOptimizer:
 
         def step(carry, losses):
             def update(updates, opt_state):
-                value = tilt(losses, opt_state).mean()
-                return tx.update(updates, opt_state, params, value=value, losses=losses)
+                _, sums = slopes_and_sums(losses, opt_state)
+                return tx.update(updates, opt_state, params, sums=sums)
 
             return jax.lax.cond(losses[0] < 2, update, lambda *carry: carry, *carry), None
 
@@ -136,7 +145,7 @@ class TestEveryOptimizer:
             lambda x: x.astype(jnp.bfloat16) if jnp.issubdtype(x.dtype, jnp.floating) else x,
             (PARAMS, tx.init(PARAMS)),
         )
-        assert tilt(LOSSES[0], before[1]).dtype == jnp.float32
+        assert tilt(LOSSES[0], before[1], Sums()).dtype == jnp.float32
         after, step = before, stepper(tx)
         for losses in LOSSES:
             after = step(*after, losses)
@@ -173,7 +182,6 @@ class TestInjectedHyperparameters:
         expected, state = step(expected, state, LOSSES[1])
         state = optax.tree.set(state, temperature=jnp.float32(-1.0))
         expected, state = step(expected, state, LOSSES[2])
-        state = optax.tree.set(state, given=jnp.float32(-1.0))  # which is all that differs
         # An injected b2 is rounded before it is taken from 1.
         chex.assert_trees_all_close((params, opt_state.inner_state), (expected, state), rtol=1e-4)
 
@@ -197,10 +205,20 @@ class TestInjectedHyperparameters:
         expected = run(absgd(RATE, temperature), JUMP)
         chex.assert_trees_all_close((params, opt_state.inner_state), expected, rtol=1e-6)
 
+    def test_a_schedule_of_the_temperature_is_one_step_late(self):
+        """What inject_hyperparams evaluates is written by the update, for the step after."""
+        schedule = optax.linear_schedule(5.0, 1.0, 4)
+        tx = optax.inject_hyperparams(absgd)(RATE, schedule)
+        step, carry, lams = stepper(tx), (PARAMS, tx.init(PARAMS)), []
+        for losses in LOSSES:
+            lams.append(float(get_temperature(carry[1])))
+            carry = step(*carry, losses)
+        assert lams == [5.0, 5.0, 4.0, 3.0]
+
     @pytest.mark.parametrize(
         "other",
         [
-            lambda: absgd(RATE, target_ess(0.5, damping=0)),
+            lambda: absgd(RATE, target_ess(0.5), damping=0),
             lambda: absgd(RATE, target_ess(0.5), max_jump=jnp.inf),
         ],
     )
@@ -208,6 +226,155 @@ class TestInjectedHyperparameters:
         default = run(absgd(RATE, target_ess(0.5)), JUMP)
         with pytest.raises(AssertionError):
             chex.assert_trees_all_close(run(other(), JUMP), default, rtol=1e-2)
+
+
+def temperatures_of(tx, state, steps=3):
+    """λ after each of so many updates."""
+    lams = []
+    for losses in LOSSES[:steps]:
+        _, state = attend(tx, losses, state)
+        lams.append(float(state.temperature))
+    return lams
+
+
+def with_temperature(tx, lam):
+    """The first state, but for its λ."""
+    return optax.tree.set(tx.init(None), temperature=lam)
+
+
+# Numbers that someone may set, as float32 has them.
+SET = [
+    (2, 2),
+    (np.int64(2), 2),
+    (jnp.int32(2), 2),
+    (np.float16(2.5), 2.5),
+    (jnp.bfloat16(2.5), 2.5),
+]
+RULES = {
+    "number": 5.0,
+    "schedule": optax.linear_schedule(5.0, 1.0, 4),
+    "automatic": target_ess(0.5),
+    "two_stages": two_stage(5.0, begin=2),
+    "automatic_stage": two_stage(target_kl(0.1), begin=1),
+}
+# A second stage, and λ of the 51st update on, where it should have begun with the 20th.
+SECOND = {
+    "number": (5.0, [5, 5, 5]),
+    "automatic": (target_ess(0.5, init_value=5.0), [5]),
+    "schedule": (lambda count: 10.0 + count, [41, 42, 43]),
+    "array": (jnp.float32(5), [5, 5, 5]),
+}
+
+
+class TestTheLeafIsLambda:
+    """What stands there is the λ of the next loss and of its update, whoever has put it there."""
+
+    @pytest.mark.parametrize(
+        ("mode", "x64"), [("eager", False), ("jit", False), ("eager", True)], indirect=["x64"]
+    )
+    @pytest.mark.parametrize("rule", RULES)
+    def test_any_kind_of_number_can_be_set(self, rule, mode, x64):
+        tx = scale_by_attention(RULES[rule])
+        step = jax.jit(attend, static_argnums=0) if mode == "jit" else attend
+        expected = {
+            lam: attend(tx, LOSSES[0], with_temperature(tx, jnp.float32(lam))) for lam in (2, 2.5)
+        }
+        for lam, as_float32 in SET:
+            state = with_temperature(tx, lam)
+            assert get_temperature(state) == as_float32
+            weights, state = step(tx, LOSSES[0], state)
+            chex.assert_trees_all_close((weights, state), expected[as_float32], rtol=1e-6)
+            assert jax.typeof(state.temperature) == jax.typeof(state.baseline)
+            assert state.temperature.dtype == jnp.result_type(float)
+
+    def test_a_number_is_where_it_starts_and_what_is_set_stays(self):
+        tx = scale_by_attention(5.0)
+        assert temperatures_of(tx, tx.init(None)) == [5, 5, 5]
+        for lam in (-3.0, np.inf, -np.inf):
+            assert temperatures_of(tx, with_temperature(tx, lam)) == [lam] * 3
+
+    def test_what_is_set_in_float32_stays_under_x64(self, x64):
+        tx = scale_by_attention(0.7)
+        assert temperatures_of(tx, with_temperature(tx, jnp.float32(2))) == [2, 2, 2]
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [(optax.linear_schedule(5.0, 1.0, 4), [4, 3, 2]), (jnp.float32(5), [5, 5, 5])],
+        ids=["schedule", "array"],
+    )
+    def test_under_a_schedule_or_an_array_it_lasts_one_step(self, given, expected):
+        tx = scale_by_attention(given)
+        state = with_temperature(tx, -3.0)
+        assert temperatures_of(tx, state) == expected
+        # In which it is used.
+        weights, _ = attend(tx, LOSSES[0], state)
+        chex.assert_trees_all_equal(weights, attend(scale_by_attention(-3.0), LOSSES[0], state)[0])
+
+    @pytest.mark.parametrize("begin", [None, 0])
+    def test_an_automatic_one_goes_on_from_it(self, begin):
+        temperature, other = target_ess(0.5), target_ess(0.5, init_value=-3.0)
+        if begin is not None:
+            temperature, other = two_stage(temperature, begin), two_stage(other, begin)
+        tx, other = scale_by_attention(temperature), scale_by_attention(other)
+        lams = temperatures_of(tx, with_temperature(tx, -3.0))
+        assert lams == temperatures_of(other, other.init(None))
+        assert lams[0] < 0
+        assert lams[0] != -3
+
+    def test_models_of_one_program_have_each_its_own(self):
+        lams = jnp.array([1.0, 2.0, 5.0])
+        states = jax.vmap(lambda lam: scale_by_attention(lam).init(None))(lams)
+        tx = scale_by_attention(5.0)
+        step = jax.jit(jax.vmap(lambda state: attend(tx, LOSSES[0], state)))
+        for _ in range(3):
+            weights, states = step(states)
+            np.testing.assert_array_equal(get_temperature(states), lams)
+        assert len(np.unique(weights[:, 0])) == 3
+
+    @pytest.mark.parametrize("second", SECOND)
+    def test_a_second_stage_begins_after_a_restore_with_an_earlier_one(self, second):
+        temperature, expected = SECOND[second]
+        _, states = follow(
+            scale_by_attention(two_stage(temperature, begin=100)), np.resize(LOSSES, (50, 16))
+        )
+        state = jax.tree.map(lambda x: x[-1], states)
+        assert get_temperature(state) == jnp.inf
+        tx = scale_by_attention(two_stage(temperature, begin=20))
+        assert temperatures_of(tx, state, steps=len(expected)) == expected
+
+    def test_a_first_stage_goes_on_after_a_restore_with_a_later_one(self):
+        tx = scale_by_attention(two_stage(5.0, begin=1))
+        _, state = attend(tx, LOSSES[0], tx.init(None))
+        assert get_temperature(state) == 5
+        tx = scale_by_attention(two_stage(-3.0, begin=3))
+        assert temperatures_of(tx, state) == [-np.inf, -3, -3]
+
+    @pytest.mark.parametrize("lam", [np.inf, -np.inf, 1e30])
+    @pytest.mark.parametrize("second", [5.0, target_ess(0.5, init_value=5.0)])
+    def test_inf_restarts_a_second_stage(self, second, lam):
+        tx = scale_by_attention(two_stage(second, begin=1))
+        state = tx.init(None)
+        for losses in LOSSES:
+            _, state = attend(tx, losses, state)
+        state = optax.tree.set(state, temperature=jnp.float32(lam))
+        assert temperatures_of(tx, state, steps=1) == [5]
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            (jnp.inf, [np.inf, np.inf, np.inf]),
+            (-np.inf, [-np.inf, -np.inf, -np.inf]),
+            (lambda count: jnp.float32(-jnp.inf), [-np.inf, -np.inf, -np.inf]),
+            (two_stage(5.0, begin=2), [np.inf, np.inf, 5]),
+            (two_stage(-5.0, begin=2), [-np.inf, -np.inf, -5]),
+            (two_stage(target_ess(0.5, init_value=-5.0), begin=2), [-np.inf, -np.inf, -5]),
+            (two_stage(np.inf, begin=1), [np.inf, np.inf, np.inf]),
+        ],
+    )
+    def test_inf_is_inf(self, given, expected):
+        tx = scale_by_attention(given)
+        state = tx.init(None)
+        assert [float(state.temperature), *temperatures_of(tx, state, steps=2)] == expected
 
 
 # Of an array of the caller's.
@@ -256,8 +423,8 @@ def in_fori_loop(tx, carry):
 def in_nnx(tx):
     @nnx.jit(donate_argnums=(0, 1))
     def step(model, optimizer, losses):
-        value = tilt(losses, optimizer.opt_state).mean()
-        optimizer.update(model, nnx.state(model, nnx.Param), value=value, losses=losses)
+        _, sums = slopes_and_sums(losses, optimizer.opt_state)
+        optimizer.update(model, nnx.state(model, nnx.Param), sums=sums)
 
     def train(params):
         model = nnx.Dict({k: nnx.Param(p) for k, p in params.items()})
@@ -272,8 +439,24 @@ def in_apply_if_finite(tx):
     return in_calls(optax.apply_if_finite(tx, 3))
 
 
-def in_accumulate(tx):
-    return in_calls(accumulate(tx, 2))
+def in_multi_steps(tx):
+    """The sums beside the parameters, and donated with them."""
+
+    def update_both(opt, params, opt_state, losses):
+        _, sums = slopes_and_sums(losses, opt_state)
+        updates, opt_state = opt.update(params | {"sums": sums}, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    opt = optax.MultiSteps(tx, 2)
+    step = jax.jit(functools.partial(update_both, opt), donate_argnums=(0, 1))
+
+    def train(params):
+        carry = params | {"sums": zero_sums()}
+        carry = carry, opt.init(carry)
+        for losses in LOSSES:
+            carry = step(*carry, losses)
+
+    return train
 
 
 @pytest.mark.parametrize(
@@ -283,7 +466,7 @@ def in_accumulate(tx):
         # What a loop does with a state does not depend on where its λ is from.
         *itertools.product(
             ["as_it_is", "init_value"],
-            [in_scan, in_fori_loop, in_nnx, in_apply_if_finite, in_accumulate],
+            [in_scan, in_fori_loop, in_nnx, in_apply_if_finite, in_multi_steps],
         ),
     ],
 )
@@ -306,10 +489,11 @@ def test_no_nan_on_the_way(lam, automatic):
     with jax.debug_nans(True):  # which sees every operation outside jit
         for losses, kept in ((LOSSES[0], 16), (LOSSES[1], 0), (LOSSES[2, :1], 1), (LOSSES[3], 16)):
             where = np.arange(len(losses)) < kept
-            tilted = tilt(losses, opt_state)
-            value = jnp.sum(tilted, where=where) / max(kept, 1)
-            updates, opt_state = tx.update(
-                params, opt_state, params, value=value, losses=losses, where=where
+            _, sums = slopes_and_sums(
+                losses,
+                opt_state,
+                lambda tilted, where=where: jnp.sum(tilted, where=where) / max(np.sum(where), 1),
             )
+            updates, opt_state = tx.update(params, opt_state, params, sums=sums)
             params = optax.apply_updates(params, updates)
     chex.assert_tree_all_finite(params)
