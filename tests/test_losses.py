@@ -42,6 +42,8 @@ RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(size=(6, 4))
 LABELS = np.array([0, 1, 2, 3, 0, 1])
 MIXED = RNG.dirichlet(np.ones(4), size=6)
+IMPOSSIBLE = LOGITS + np.array([0, 0, 0, -np.inf])
+PROBABLE = np.pad(RNG.dirichlet(np.ones(3), size=6), [(0, 0), (0, 1)])
 
 
 def value_and_grad(loss, logits, labels, **kwargs):
@@ -155,6 +157,53 @@ class TestAll:
         for x in jax.tree.leaves(found):
             np.testing.assert_array_equal(x, 0)
 
+    def test_impossible_class(self, x64):
+        """0 log 0 is 0, in the gradient, too."""
+        labels, step = np.array([0, 1, 2, 2, 0, 1]), 1e-6
+        for name, (values, grads) in value_and_grad(PARTIALS, IMPOSSIBLE, labels).items():
+            expected = transcribed(name, IMPOSSIBLE, labels)
+            np.testing.assert_allclose(values, expected, 1e-10, 1e-15, err_msg=name)
+            np.testing.assert_array_equal(grads[:, 3], 0, name)
+            for k, shift in enumerate(step * np.eye(4)[:3]):
+                difference = transcribed(name, IMPOSSIBLE + shift, labels)
+                difference -= transcribed(name, IMPOSSIBLE - shift, labels)
+                np.testing.assert_allclose(
+                    grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
+                )
+
+    def test_impossible_class_that_distributions_leave_out(self, x64):
+        kept = PROBABLE[:, :3]
+        with jax.debug_nans(True):
+            found = value_and_grad(SOFT, IMPOSSIBLE, PROBABLE)
+        # The mean over the classes of what the test above holds to the papers.
+        linear = {name: SOFT[name] for name in SOFT.keys() - {"sce", "batch_arb"}}
+        linear["batch_arb"] = functools.partial(losses.arb, class_counts=PROBABLE.sum(axis=0))
+        of_class = [value_and_grad(linear, IMPOSSIBLE, np.full(6, k)) for k in range(3)]
+        for name in linear:
+            values, grads = (
+                np.stack(x, axis=1) for x in zip(*(x[name] for x in of_class), strict=True)
+            )
+            np.testing.assert_allclose(found[name][0], (kept * values).sum(axis=1), rtol=1e-12)
+            expected = (kept[..., None] * grads).sum(axis=1)
+            np.testing.assert_allclose(found[name][1], expected, rtol=1e-12, atol=1e-15)
+
+    def test_gradients_in_labels_of_an_impossible_class(self, x64):
+        def total(loss, labels):
+            return loss(IMPOSSIBLE, labels).sum()
+
+        def gradient(loss, labels):
+            return jax.grad(total, argnums=1)(loss, labels)
+
+        with jax.debug_nans(True):
+            found = each(gradient, SOFT, PROBABLE)
+        step = 1e-6 * np.eye(4)[0]
+        above, below = (each(total, SOFT, PROBABLE + sign * step) for sign in (1, -1))
+        for name, grads in found.items():
+            # Infinite is what they are left out of.
+            assert np.all(np.isfinite(grads)), name
+            slope = (above[name] - below[name]) / 2e-6
+            np.testing.assert_allclose(grads[:, 0].sum(), slope, rtol=1e-6, err_msg=name)
+
     def test_extreme_logits(self):
         logits = np.float32([[1, -1, 0, 0], [-1, 1, 0, 0], [1, 1, 1, 1]])
         logits = np.concatenate([np.float32(30.0) * logits, np.float32(1e4) * logits])
@@ -227,6 +276,19 @@ class TestAll:
 
 
 class TestBalancedSoftmax:
+    @pytest.mark.parametrize("count", [0, 2])
+    def test_impossible_class_without_examples(self, count, x64):
+        loss = functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, count])
+        with jax.debug_nans(True):
+            values, grads = value_and_grad(loss, IMPOSSIBLE, PROBABLE)
+        of_class = [
+            [numpy_losses.balanced_softmax(z[:3], k, COUNTS) for k in range(3)] for z in LOGITS
+        ]
+        np.testing.assert_allclose(values, (PROBABLE[:, :3] * of_class).sum(axis=1), rtol=1e-12)
+        prior = COUNTS[:3] * np.exp(LOGITS[:, :3])
+        expected = prior / prior.sum(axis=1, keepdims=True) - PROBABLE[:, :3]
+        np.testing.assert_allclose(grads, np.pad(expected, [(0, 0), (0, 1)]), rtol=1e-10)
+
     def test_tau_0_is_cross_entropy(self, x64):
         values, expected = values_of(
             lambda z: losses.balanced_softmax(z, LABELS, class_counts=COUNTS, tau=0),
@@ -399,6 +461,32 @@ class TestNormalizedLogits:
         np.testing.assert_allclose(logits, np.reshape(expected, (2, 3, 3)), rtol=1e-12)
         check_grads(normalized_logits, (jnp.asarray(LOGITS), jnp.asarray(kernel)), order=1)
 
+    @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e15, 1e30, 3e38])
+    def test_of_any_scale(self, scale):
+        rng = np.random.default_rng(2)
+        x = rng.uniform(-1, 1, (3, 4)).astype(np.float32) * np.float32(scale)
+        kernel = rng.uniform(-1, 1, (4, 2)).astype(np.float32) / np.float32(min(scale, 1e36))
+
+        @jax.jit
+        def total(x, kernel):
+            logits = losses.normalized_logits(x, kernel)
+            return (logits * jnp.arange(1.0, 7).reshape(3, 2)).sum(), logits
+
+        with jax.debug_nans(True):
+            (_, logits), grads = jax.value_and_grad(total, (0, 1), has_aux=True)(x, kernel)
+        # The cosines' slopes, by hand.
+        x64, w64 = np.float64(x), np.float64(kernel)
+        lengths = np.linalg.norm(x64, axis=1, keepdims=True), np.linalg.norm(w64, axis=0)
+        x64, w64 = x64 / lengths[0], w64 / lengths[1]
+        slopes = np.arange(1.0, 7).reshape(3, 2)
+        np.testing.assert_allclose(logits, x64 @ w64, rtol=1e-5, atol=1e-6)
+        in_x, in_w = slopes @ w64.T, x64.T @ slopes
+        in_x -= x64 * (in_x * x64).sum(axis=1, keepdims=True)
+        in_w -= w64 * (in_w * w64).sum(axis=0)
+        for found, expected, length in zip(grads, (in_x, in_w), lengths, strict=True):
+            atol = 1e-37 + 1e-6 / length.min()  # XLA takes denormal numbers for 0
+            np.testing.assert_allclose(found, expected / length, rtol=1e-4, atol=atol)
+
     def test_zero_vectors(self):
         kernel = jnp.zeros([4, 3]).at[0, 0].set(2.0)
         features = jnp.zeros([2, 4]).at[0, 0].set(5.0)
@@ -436,8 +524,46 @@ class TestFocal:
         np.testing.assert_array_equal(values, 0)
         np.testing.assert_array_equal(grads, 0)
 
+    def test_label_that_is_impossible(self):
+        logits, labels = np.float32([[0, 1, -np.inf]] * 2), np.array([2, 1])
+        p = np.array([1, np.e, 0]) / (1 + np.e)
+        with jax.debug_nans(True):
+            (values, grads), (without, no_grads) = value_and_grad(
+                [
+                    functools.partial(losses.focal, gamma=0.5, alpha=[1, 1, 3]),
+                    functools.partial(losses.focal, gamma=0.5, alpha=[1, 1, 0]),
+                ],
+                logits,
+                labels,
+            )
+        assert values[0] == np.inf  # as cross-entropy is, with its gradient
+        np.testing.assert_allclose(grads[0], 3 * (p - [0, 0, 1]), rtol=1e-6)
+        assert without[0] == 0
+        np.testing.assert_array_equal(no_grads[0], 0)
+        np.testing.assert_array_equal(values[1], without[1])
+
 
 class TestSymmetricCrossEntropy:
+    def test_impossible_class_that_distributions_leave_out(self, x64):
+        labels = np.array([[0.7, 0.3 - 1e-3, 1e-3, 0]] * 6)
+        loss = functools.partial(losses.symmetric_cross_entropy, alpha=0.5, beta=2.0)
+        with jax.debug_nans(True):
+            values, grads = value_and_grad(loss, IMPOSSIBLE, labels)
+        p = np.stack([numpy_losses.softmax(z) for z in LOGITS[:, :3]])
+        q, log_q = labels[:, :3], np.array([np.log(0.7), np.log(0.299), -4])
+        expected = -0.5 * (q * np.log(p)).sum(-1) - 2 * (p * log_q).sum(-1)
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+        expected = 0.5 * (p - q) - 2 * p * (log_q - (p * log_q).sum(-1, keepdims=True))
+        np.testing.assert_allclose(grads[:, :3], expected, rtol=1e-10)
+        np.testing.assert_array_equal(grads[:, 3], 0)
+
+    def test_without_cross_entropy_an_impossible_label_is_bounded(self):
+        loss = functools.partial(losses.symmetric_cross_entropy, alpha=0.0)
+        with jax.debug_nans(True):
+            values, grads = value_and_grad(loss, np.float32([[0, 1, -np.inf]]), np.array([2]))
+        np.testing.assert_allclose(values, 4, rtol=1e-6)
+        np.testing.assert_allclose(grads, 0, atol=1e-6)
+
     def test_distributions(self, x64):
         labels = np.array([[0.7, 0.3 - 1e-3, 1e-3, 0]] * 6)
         options = {"alpha": 0.5, "beta": 2.0, "log_zero": -4.0}
@@ -498,6 +624,22 @@ class TestWeights:
         expected = (1 / counts) * 3 / (1 / counts).sum()
         np.testing.assert_allclose(weights, expected, rtol=1e-6 if beta == 1 else 1e-3)
 
+    @pytest.mark.parametrize("beta", [0.0, 0.9, 1 - 1e-9, 1.0])
+    @pytest.mark.parametrize(
+        "counts", [[1e-30, 1e9], [1e-30, 2e-30, 1e9], [1e-30, 3e-30], [1e25, 1e30], [0, 1e-12, 0.5]]
+    )
+    def test_class_balanced_of_any_counts(self, counts, beta):
+        met = np.array(counts)
+        met[met == 0] = met[met > 0].min()
+        log_beta = np.log1p(beta - 1) if beta else -np.inf
+        numbers = -np.expm1(met * log_beta) / (1 - beta) if beta < 1 else met
+        expected = 1 / numbers * len(met) / (1 / numbers).sum()
+        with jax.debug_nans(True):
+            weights = losses.class_balanced_weights(counts, beta=beta)
+        np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-37)
+        schedule = losses.deferred_weights(counts, start=1)
+        np.testing.assert_array_equal(schedule(1), np.float32(counts))
+
     def test_mean_weight_of_the_examples_is_as_documented(self):
         labels = np.repeat([0, 1], [40, 1])
         weights = losses.class_balanced_weights(np.bincount(labels), beta=1)
@@ -518,6 +660,21 @@ class TestWeights:
         expected = np.where(np.arange(6)[:, None] < 3, 1, np.asarray(weights))
         np.testing.assert_array_equal(jax.jit(jax.vmap(schedule))(steps), expected)
         np.testing.assert_array_equal(schedule(2), np.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("labels", lambda x: losses.focal(np.float32(LOGITS), x)),
+        ("labels", lambda x: losses.running_counts(np.zeros(4, np.float32), x)),
+        ("alpha", lambda x: losses.focal(np.float32(LOGITS), LABELS, alpha=x)),
+        ("class_counts", lambda x: losses.class_balanced_weights(x)),
+    ],
+)
+def test_rows_of_several_lengths(argument, call):
+    message = rf"^{argument} must be an array, got \[\[0\], \[1, 2\]\]; give its rows one length"
+    with pytest.raises(ValueError, match=message):
+        call([[0], [1, 2]])
 
 
 class TestRunningCounts:

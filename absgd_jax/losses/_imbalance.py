@@ -4,11 +4,18 @@ from collections.abc import Hashable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import as_floats, check_number, NOT_NEGATIVE, POSITIVE
-from absgd_jax.losses._labels import canonicalize, counted, distribution, expected
+from absgd_jax.losses._labels import (
+    canonicalize,
+    counted,
+    distribution,
+    expected,
+    zero_of_none,
+)
 from absgd_jax.losses._priors import check_per_class, positive_counts
 
 
@@ -65,7 +72,6 @@ def balanced_softmax(
     logits -= lax.stop_gradient(largest)
     logits += jnp.broadcast_to(tau * jnp.log(counts), logits.shape)
     log_probs = jax.nn.log_softmax(logits, where=in_sum)
-    log_probs = jnp.where(in_sum, log_probs, 0)  # -inf times its probability, 0, would be NaN
     return jnp.where(where, expected(jnp.negative, labels, log_probs), 0)
 
 
@@ -213,6 +219,11 @@ def normalized_logits(features: ArrayLike, kernel: ArrayLike) -> jax.Array:
 
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:
+    # By about the largest first, which has no part in the result: squares leave the range of
+    # floats. So may the inverse of what XLA divides by, which it multiplies by instead.
+    tiny = float(np.finfo(x.dtype).tiny)
+    largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0, keepdims=True))
+    x = x / jnp.where(largest > 0, jnp.clip(largest, tiny, 1 / tiny), 1)
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     # The root has an infinite derivative at 0, so it must not see a 0.
     return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
@@ -263,10 +274,12 @@ def focal(
     check_per_class("alpha", alpha, logits)
 
     def loss(log_p: jax.Array, alpha: jax.Array) -> jax.Array:
-        # At p = 1 and gamma < 1 the power has an infinite derivative, so it must not see a 0.
-        certain = log_p >= 0
-        log_p = jnp.where(certain, -1, log_p)
-        return jnp.where(certain, 0, alpha * (-jnp.expm1(log_p)) ** gamma * -log_p)
+        log_p = zero_of_none(alpha, log_p)
+        # The power must not see p = 1, where its derivative is infinite if gamma < 1, nor p = 0,
+        # where its part in the gradient is p log p.
+        inside = (log_p < 0) & (log_p > -jnp.inf)
+        power = (-jnp.expm1(jnp.where(inside, log_p, -1))) ** gamma
+        return alpha * jnp.where(inside, power, jnp.where(log_p < 0, 1, 0)) * -log_p
 
     alpha = jnp.broadcast_to(jnp.asarray(alpha, logits.dtype), logits.shape)
     losses = expected(loss, labels, jax.nn.log_softmax(logits), alpha)

@@ -1,6 +1,7 @@
 """Labels of either kind, integers or distributions: checks, and the loss at a label."""
 
 from collections.abc import Callable, Hashable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ def canonicalize(
     shape, num_classes = logits.shape[:-1], logits.shape[-1]
     mask = jnp.ones(shape, bool) if where is None else as_mask(where, shape)
 
-    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    labels = as_given("labels", labels)
     integer = is_integer(labels)
     soft = distributions and jnp.issubdtype(labels.dtype, jnp.floating)
     if not ((integer and labels.shape == shape) or (soft and labels.shape == logits.shape)):
@@ -48,6 +49,14 @@ def canonicalize(
     return logits, jnp.where(mask[..., None], jnp.asarray(labels, logits.dtype), 0), mask
 
 
+def as_given(name: str, x: Any) -> jax.Array | np.ndarray:
+    """``x``, the argument of that name, as an array: JAX's if it is one, else NumPy's."""
+    try:
+        return x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, got {x!r}; give its rows one length.") from None
+
+
 def is_integer(labels: jax.Array | np.ndarray) -> bool:
     return jnp.issubdtype(labels.dtype, jnp.integer)
 
@@ -72,4 +81,9 @@ def expected(loss: Callable[..., jax.Array], labels: jax.Array, *per_class: jax.
     if is_integer(labels):
         label = labels[..., None]
         return loss(*(jnp.take_along_axis(x, label, axis=-1) for x in per_class))[..., 0]
-    return jnp.sum(labels * loss(*per_class), axis=-1)
+    return jnp.sum(labels * loss(*(zero_of_none(labels, x) for x in per_class)), axis=-1)
+
+
+def zero_of_none(share: ArrayLike, x: jax.Array) -> jax.Array:
+    """``x``, but 0 where it is infinite and its share is 0: there share * x would be NaN."""
+    return jnp.where(jnp.equal(share, 0) & jnp.isinf(x), 0, x)

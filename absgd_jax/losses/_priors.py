@@ -16,7 +16,7 @@ from absgd_jax._checks import (
     is_concrete,
     whole_number,
 )
-from absgd_jax.losses._labels import canonicalize, counted, is_integer
+from absgd_jax.losses._labels import as_given, canonicalize, counted, is_integer
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
@@ -59,8 +59,13 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     counts, _ = positive_counts(class_counts)
     # 1 - beta before any rounding to float32, which has 3 digits of it left at 0.9999; and not 0,
     # near which the weights are the inverse frequencies to the last digit.
-    rest = jnp.maximum(jnp.asarray(1 - beta, counts.dtype), 1e-20)
-    weights = -1 / jnp.expm1(counts * jnp.log1p(-rest))
+    rest = jnp.maximum(jnp.asarray(1 - beta, counts.dtype), 1e-37)
+    log_beta = jnp.log1p(-rest)
+    exponents = counts * log_beta
+    # Near 0, where they may underflow, the effective numbers are linear in the counts.
+    linear = counts * (log_beta / rest)
+    numbers = jnp.where(exponents < -1e-20, jnp.expm1(exponents) / rest, linear)
+    weights = jnp.max(numbers) / numbers  # both negative: of the rarest class it is 1
     return weights * (weights.size / jnp.sum(weights))
 
 
@@ -139,7 +144,7 @@ def running_counts(
     if counts.ndim != 1:
         raise ValueError(f"counts must have shape [C], got {counts.shape}.")
     check_number("decay", decay, DECAY, "0 forgets all batches but the newest")
-    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    labels = as_given("labels", labels)
     shape = labels.shape if is_integer(labels) else labels.shape[:-1]
     like_logits = jnp.broadcast_to(counts, (*shape, counts.size))
     of_batch = counted(*canonicalize(like_logits, labels, where), axis_name)
@@ -165,7 +170,7 @@ def positive_counts(
 
 def check_per_class(name: str, x: ArrayLike, logits: jax.Array | None = None) -> None:
     """Raises unless ``x`` holds a number a class: finite, not negative and not all zero."""
-    wanted, shape = None if logits is None else logits.shape[-1:], np.shape(x)
+    wanted, shape = None if logits is None else logits.shape[-1:], as_given(name, x).shape
     if len(shape) != 1 or wanted not in (None, shape):
         raise ValueError(
             f"{name} must hold one number a class, shape {wanted or '[C]'}, got shape {shape}."

@@ -6,7 +6,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from absgd_jax._checks import check_number, Condition, DECAY, NOT_NEGATIVE, SHARE
-from absgd_jax.losses._labels import canonicalize, distribution, expected
+from absgd_jax.losses._labels import canonicalize, distribution, expected, zero_of_none
 
 
 def symmetric_cross_entropy(
@@ -59,7 +59,7 @@ def symmetric_cross_entropy(
     log_q = jnp.log(jnp.where(q > 0, q, 1))  # a logarithm of 0 would be NaN in the labels' gradient
     log_q = jnp.where(q > 0, jnp.maximum(log_q, log_zero), log_zero)
     reverse = -jnp.sum(jnp.exp(log_p) * log_q, axis=-1)
-    return jnp.where(where, alpha * forward + beta * reverse, 0)
+    return jnp.where(where, alpha * zero_of_none(alpha, forward) + beta * reverse, 0)
 
 
 def generalized_cross_entropy(
@@ -106,9 +106,7 @@ def generalized_cross_entropy(
     check_number("q", q, SHARE, "its limit at 0 is cross-entropy")
     check_number("truncation", truncation, DECAY, "0 truncates nothing")
     lowest = jnp.log(jnp.asarray(truncation, logits.dtype))
-
-    def loss(log_p: jax.Array) -> jax.Array:
-        return -jnp.expm1(q * jnp.maximum(log_p, lowest)) / q
-
-    losses = expected(loss, labels, jax.nn.log_softmax(logits))
+    lowest = jnp.maximum(lowest, float(np.finfo(logits.dtype).min))  # the loss of p = 0 is finite
+    log_p = jnp.maximum(jax.nn.log_softmax(logits), lowest)
+    losses = expected(lambda log_p: -jnp.expm1(q * log_p) / q, labels, log_p)
     return jnp.where(where, losses, 0)
