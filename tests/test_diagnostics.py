@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import absgd, AttentionState, diagnostics, scale_by_attention, tilt
+from absgd_jax import absgd, AttentionState, diagnostics, scale_by_attention
 from absgd_jax.diagnostics import (
     class_mass,
     effective_sample_size,
@@ -15,6 +15,7 @@ from absgd_jax.diagnostics import (
     largest_weight,
     summary,
 )
+from tests.support.attended import slopes_and_sums
 from tests.support.reference import divergences
 
 RNG = np.random.default_rng(0)
@@ -55,7 +56,7 @@ def check(actual, lam, where=None):
 
 def summarize(losses, lam, **kwargs):
     lam, baseline = jnp.asarray(lam, jnp.float32), jnp.float32(BASELINE)
-    state = AttentionState(jnp.int32(1), lam, baseline, jnp.int32(1), lam)
+    state = AttentionState(jnp.int32(1), lam, baseline, jnp.int32(1))
     return summary(losses, state, num_classes=3, **kwargs)
 
 
@@ -110,18 +111,63 @@ class TestWeights:
                 measures(np.float32(scale * weights)), measures(weights), rtol=1e-5
             )
 
+    @pytest.mark.parametrize("scale", [1e-41, 2e-38, 1e30, 3e38])
+    @pytest.mark.parametrize("axis_name", [None, "data"])
+    def test_whose_sum_leaves_the_range_of_floats(self, scale, axis_name):
+        """Down to denormal numbers, which XLA takes for 0."""
+        rng = np.random.default_rng(1)
+        weights = np.float32(scale * rng.uniform(0.01, 1, (8, 4)))
+        weights[2] = 1e-3 * scale  # a device's part
+        where = rng.random((8, 4)) > 0.3
+        labels = rng.integers(0, 3, (8, 4))
+
+        def found(weights, labels, where):
+            masked = {"where": where, "axis_name": axis_name}
+            functions = effective_sample_size, largest_weight, kl_divergence
+            scalars = [f(weights, **masked) for f in functions]
+            return *scalars, class_mass(weights, labels, 3, **masked)
+
+        if axis_name is not None:
+            mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+            found = jax.shard_map(found, mesh=mesh, in_specs=P("data"), out_specs=P())
+        p = np.where(where, np.float64(weights), 0)
+        p /= p.sum()
+        chi2, kl = divergences(p[where])
+        ess, largest, found_kl, mass = jax.jit(found)(weights, labels, where)
+        np.testing.assert_allclose((ess, largest), (1 / (1 + chi2), p.max()), rtol=1e-5)
+        np.testing.assert_allclose(found_kl, kl, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mass, [p[labels == c].sum() for c in range(3)], rtol=1e-5)
+
+    @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
+    def test_gradients(self, scale):
+        w = np.array([0.5, 1, 2, 4])
+        weights = np.float32(scale * w)
+        grads = jax.grad(effective_sample_size)(weights)
+        expected = (2 * w.sum() - w.sum() ** 2 * 2 * w / (w**2).sum()) / (4 * (w**2).sum())
+        np.testing.assert_allclose(scale * np.float64(grads), expected, rtol=1e-5)
+
+    def test_all_0(self):
+        with jax.debug_nans(True):
+            scalars = *measures(jnp.zeros(4)), *class_mass(jnp.zeros(4), jnp.arange(4), 4)
+        np.testing.assert_array_equal(scalars, 0)
+
+    def test_nan_is_passed_on(self):
+        assert np.all(np.isnan(measures(jnp.array([1.0, jnp.nan]))))
+
     def test_of_attention(self):
         """Slopes of the tilted losses are weights on some scale."""
         state = scale_by_attention(0.5).init(None)
 
         @jax.jit
-        def found(losses):
-            weights = jax.grad(lambda losses: tilt(losses, state).mean())(losses)
+        def found(losses, state):
+            weights, _ = slopes_and_sums(losses, state)
             return effective_sample_size(weights), *class_mass(weights, LABELS, 3)
 
         wanted = expected(LOSSES, LABELS, 0.5)
         names = ["effective_sample_size", *(f"class_mass/{c}" for c in range(3))]
-        np.testing.assert_allclose(found(LOSSES), [wanted[name] for name in names], rtol=1e-5)
+        np.testing.assert_allclose(
+            found(LOSSES, state), [wanted[name] for name in names], rtol=1e-5
+        )
 
     @pytest.mark.parametrize("n", [1, 2, 1000])
     def test_extremes(self, n):
@@ -170,8 +216,8 @@ def test_inside_a_step():
     @jax.jit
     def step(opt_state, losses):
         scalars = diagnostics.summary(losses, opt_state)
-        value = tilt(losses, opt_state).mean()
-        _, opt_state = tx.update(jnp.ones(3), opt_state, value=value)
+        _, sums = slopes_and_sums(losses, opt_state)
+        _, opt_state = tx.update(jnp.ones(3), opt_state, sums=sums)
         return opt_state, scalars
 
     opt_state = tx.init(jnp.ones(3))

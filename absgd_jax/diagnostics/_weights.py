@@ -223,17 +223,32 @@ def _divergences(
     shares, n = _shares(weights, where, axis_name)
     z = jnp.log(jnp.maximum(n * shares, float(np.finfo(shares.dtype).tiny)))
     sums = psum([jnp.sum(x, where=where) for x in divergences(z, jnp.expm1(z))], axis_name)
-    return [x / jnp.maximum(n, 1) for x in sums], n
+    return [jnp.where(n > 0, x, 0) / jnp.maximum(n, 1) for x in sums], n
 
 
 def _shares(
     weights: ArrayLike, where: ArrayLike | None, axis_name: Hashable | None
 ) -> tuple[jax.Array, jax.Array]:
-    """The weights, normalised to a sum of 1, and their number; 0 where masked out."""
+    """The weights, normalised to a sum of 1, and their number; 0 where masked out.
+
+    The number is 0 if all weights are, which have no sum of 1 then.
+    """
     weights = as_batch("weights", weights)
     n = jnp.asarray(weights.size, weights.dtype)
     if where is not None:
         where = as_mask(where, weights.shape, of="weights")
         weights, n = jnp.where(where, weights, 0), jnp.sum(where, dtype=weights.dtype)
+    # By about the largest first: their sum may leave the range of floats, and so may the inverse of
+    # the largest, by which XLA multiplies.
+    info = np.finfo(weights.dtype)
+    tiny, eps = float(info.tiny), float(info.eps)
+    largest = lax.stop_gradient(jnp.max(weights, initial=0))
+    if axis_name is not None:
+        largest = lax.pmax(largest, axis_name)
+    unit = jnp.clip(largest, tiny, 1 / tiny)
+    # XLA may take denormal numbers for 0; they are their bits, as an integer, times eps * tiny.
+    bits = lax.bitcast_convert_type(weights, f"int{info.bits}")
+    denormal = bits.astype(weights.dtype) * (eps * (tiny / unit))
+    weights = jnp.where((bits > 0) & (weights < tiny), denormal, weights / unit)
     total, n = psum((jnp.sum(weights), n), axis_name)
-    return weights / jnp.where(total > 0, total, 1), n
+    return weights / jnp.where(total > 0, total, 1), jnp.where(total == 0, 0, n)
