@@ -66,6 +66,18 @@ class TestLongTail:
         np.testing.assert_array_equal(times[:20], 2000)
         np.testing.assert_allclose(times[20:], 200, atol=70)  # 5 standard deviations
 
+    @pytest.mark.parametrize("order", [[1.0, 0.0], [True, False], [[0, 1]], ["0", "1"], [0, None]])
+    def test_class_order_of_another_kind(self, order):
+        message = r"^class_order must be a permutation of 0, ..., 1, got .*rng.permutation\(2\)\.$"
+        with pytest.raises(ValueError, match=message) as error:
+            long_tailed_indices([0, 0, 1, 1], 0.5, class_order=order, seed=0)
+        assert f"got {np.asarray(order)};" in str(error.value)
+
+    @pytest.mark.parametrize("labels", [[0, 1, None], ["0", "1"], [0.0, 1.0]])
+    def test_labels_of_another_kind(self, labels):
+        with pytest.raises(ValueError, match=r"^labels must be integers of shape"):
+            long_tailed_indices(labels, 0.5, seed=0)
+
 
 class TestSplitByCount:
     def test_defaults(self):
@@ -162,3 +174,27 @@ class TestFlipLabels:
     def test_absent_class(self):
         _, flipped = flip_labels([0, 0, 2, 2], 0.5, num_classes=3, seed=0)
         assert flipped.sum() == 2
+
+    @pytest.mark.parametrize(
+        "kind", [["cat", "dog"], np.array(["cat", "dog"]), np.eye(2, dtype=complex), [0, None]]
+    )
+    def test_kind_of_another_type(self, kind):
+        with pytest.raises(ValueError, match=r"^kind must be 'symmetric', .* or a transition"):
+            flip_labels([0, 1], 0.5, kind=kind, num_classes=2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("labels", lambda x: class_counts(x, 3)),
+        ("labels", lambda x: flip_labels(x, 0.5, num_classes=3, seed=0)),
+        ("labels", lambda x: long_tailed_indices(x, 0.5, seed=0)),
+        ("class_order", lambda x: long_tailed_indices([0, 0, 1], 1.0, class_order=x, seed=0)),
+        ("counts", lambda x: split_by_count(x)),
+        ("kind", lambda x: flip_labels([0, 1], 0.5, kind=x, num_classes=2, seed=0)),
+    ],
+)
+def test_rows_of_several_lengths(argument, call):
+    message = rf"^{argument} must be an array, got \[\[0\], \[1, 2\]\]; give its rows one length\.$"
+    with pytest.raises(ValueError, match=message):
+        call([[0], [1, 2]])

@@ -7,6 +7,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from absgd_jax._checks import are_numbers, check_number, Condition, whole_number
 from absgd_jax.data._long_tail import check_labels, generator
+from absgd_jax.losses._labels import as_given
 
 
 def flip_labels(
@@ -67,19 +68,18 @@ def flip_labels(
     share: Condition = (lambda x: 0 <= x <= 1, "lie in [0, 1]")
     check_number("rate", rate, share, "it is the share of labels that are drawn again")
     identity = np.eye(num_classes)
-    if are_numbers(kind):
-        transition = np.asarray(kind, float)
-    elif kind == "symmetric":
-        transition = (1 - identity) / (num_classes - 1)
-    elif kind == "symmetric_inclusive":
-        transition = np.full_like(identity, 1 / num_classes)
-    elif kind == "asymmetric":
-        transition = np.roll(identity, 1, axis=1)
-    else:
+    named = {
+        "symmetric": (1 - identity) / (num_classes - 1),
+        "symmetric_inclusive": np.full_like(identity, 1 / num_classes),
+        "asymmetric": np.roll(identity, 1, axis=1),
+    }
+    matrix = as_given("kind", named.get(kind) if isinstance(kind, str) else kind)
+    if not are_numbers(matrix):
         raise ValueError(
             "kind must be 'symmetric', 'symmetric_inclusive', 'asymmetric' or a transition matrix, "
             f"got {kind!r}."
         )
+    transition = np.asarray(matrix, float)
     if transition.shape != identity.shape:
         raise ValueError(f"kind must have shape {identity.shape}, got {transition.shape}.")
     sums = transition.sum(axis=1, keepdims=True)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from absgd_jax._checks import are_numbers, check_number, NOT_NEGATIVE, SHARE, whole_number
+from absgd_jax.losses._labels import as_given
 
 
 def class_counts(labels: ArrayLike, num_classes: int) -> NDArray[np.int64]:
@@ -69,7 +70,7 @@ def long_tailed_counts(
     check_number("imbalance_factor", imbalance_factor, SHARE, "1 leaves the classes equal")
     check_number("num_classes", num_classes, whole_number(2))
     check_number("max_count", max_count, whole_number(1))
-    if kind not in ("exp", "step"):
+    if not isinstance(kind, str) or kind not in ("exp", "step"):
         raise ValueError(f"kind must be 'exp' or 'step', got {kind!r}.")
 
     def exponent(c: int) -> float:
@@ -118,19 +119,23 @@ def long_tailed_indices(
       >>> print(class_counts(labels[indices], num_classes=3))
       [ 10   1 100]
     """
-    labels = np.asarray(labels)
-    num_classes = np.unique(labels).size
+    labels = np.asarray(as_given("labels", labels))
+    num_classes = np.unique(labels).size if np.issubdtype(labels.dtype, np.integer) else 0
     if labels.ndim != 1 or num_classes < 2:
-        got = f"{labels.shape} of {num_classes}"
-        raise ValueError(f"labels must have shape [N] and be of two classes or more, got {got}.")
+        wanted = "integers of shape [N], of two classes or more"
+        raise ValueError(f"labels must be {wanted}, got {labels}.")
     available = class_counts(labels, num_classes)
     if max_count is None:
         max_count = int(available.min())
     counts = long_tailed_counts(max_count, num_classes, imbalance_factor, kind=kind)
-    order = np.arange(num_classes) if class_order is None else np.asarray(class_order)
-    if order.shape != (num_classes,) or np.any(np.sort(order) != np.arange(num_classes)):
-        classes = f"0, ..., {num_classes - 1}"
-        raise ValueError(f"class_order must be a permutation of {classes}, got {order}.")
+    classes = np.arange(num_classes)
+    order = np.asarray(as_given("class_order", classes if class_order is None else class_order))
+    whole = order.ndim == 1 and np.issubdtype(order.dtype, np.integer)
+    if not whole or not np.array_equal(np.sort(order), classes):
+        raise ValueError(
+            f"class_order must be a permutation of 0, ..., {num_classes - 1}, got {order}; give "
+            f"integers, such as rng.permutation({num_classes})."
+        )
     rng = generator(seed)
     chosen = []
     for c, count in zip(order, counts, strict=True):
@@ -172,7 +177,7 @@ def split_by_count(
     check_number("few", few, NOT_NEGATIVE)
     if few > many:
         raise ValueError(f"few must not exceed many, got {few} and {many}.")
-    counts = np.asarray(counts)
+    counts = np.asarray(as_given("counts", counts))
     if counts.ndim != 1 or not are_numbers(counts) or not np.all(counts >= 0):
         raise ValueError(f"counts must hold one number a class, not negative, got {counts}.")
     high, low = counts > many, counts < few
@@ -180,7 +185,7 @@ def split_by_count(
 
 
 def check_labels(labels: ArrayLike, num_classes: int) -> NDArray[np.integer]:
-    labels = np.asarray(labels)
+    labels = np.asarray(as_given("labels", labels))
     if not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(f"labels must be integers, got {labels.dtype}.")
     check_number("num_classes", num_classes, whole_number(1))
