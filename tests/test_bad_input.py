@@ -1,6 +1,7 @@
 """A wrong argument of anything public is named, with its value and with what to do instead."""
 
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,27 +13,29 @@ import absgd_jax
 from absgd_jax import (
     abadam,
     absgd,
-    accumulate,
     data,
     diagnostics,
     get_temperature,
     losses,
     robust_loss,
     scale_by_attention,
+    Sums,
     target_ess,
     target_kl,
     tilt,
     two_stage,
+    zero_sums,
 )
+from tests.support.attended import slopes_and_sums
 
 NAN, INF = float("nan"), float("inf")
 # What is handed to JAX and optax as it is, and theirs to check.
 THEIRS = {"axis_name", "nesterov", "debias", "accumulator_dtype", "mu_dtype"}
 
 
-def bad(*values, says=""):
-    """Values that are refused by a message that says this, too."""
-    return [(value, says) for value in values]
+def bad(*values, says="", got=None):
+    """Values that are refused by a message that says this, too, and that it got this."""
+    return [(value, says, got) for value in values]
 
 
 OPTIONAL = bad("1", says="a number") + bad([0.5], np.ones(2), says="a scalar")
@@ -42,12 +45,13 @@ DECAY = NUMBER + bad(-0.5, 1, NAN, says="[0, 1)")
 POSITIVE = NUMBER + bad(0, -1.0, INF, NAN, says="positive and finite")
 NOT_NEGATIVE = NUMBER + bad(-1.0, INF, NAN, says="0 or more and finite")
 LAMBDA = NUMBER + bad(0, -0.0, 1e-7, -1e-7, NAN, says="inf is the plain mean")
-FIXED_LAMBDA = LAMBDA + bad(optax.constant_schedule(1.0), says="get_temperature(opt_state)")
+FIXED_LAMBDA = LAMBDA + bad(
+    optax.constant_schedule(1.0), target_ess(), says="get_temperature(opt_state)", got="a schedule"
+)
 
 ARRAY = bad("many", None, says="an array of numbers")
 FLOATS = ARRAY + bad(np.ones(3, np.int32), np.ones(3, bool), says="cast them first")
 PER_EXAMPLE = FLOATS + bad(1.0, says="before any mean or sum")
-VALUE = bad("much", says="an array of numbers") + bad(np.ones(4), says="tilt(losses, opt_state)")
 
 
 def from_on(n):
@@ -68,16 +72,35 @@ def per_class(shape):
     return shapes + bad(*numbers, says="finite, not negative and not all zero")
 
 
-PARAMS, LOSSES = jnp.ones(3), np.ones(3, np.float32)
-FIXED, HEAD, TUNING = absgd(0.1, 5.0), scale_by_attention(5.0), absgd(0.1, target_ess())
-STAGED, MICRO = absgd(0.1, two_stage(target_ess(), 3)), accumulate(FIXED, 2)
+PARAMS, LOSSES = {"w": jnp.ones(3), "b": jnp.ones(())}, np.ones(3, np.float32)
+HEAD = scale_by_attention(5.0)
 ATTENTION = HEAD.init(PARAMS)
 SEVERAL = jax.vmap(lambda lam: scale_by_attention(lam).init(PARAMS))(jnp.array([1.0, 2.0]))
 OPT_STATE = [
-    *bad(None, optax.adam(0.1).init(PARAMS), says="pass the state of absgd"),
-    *bad((ATTENTION, ATTENTION), says="in front of optax.partition"),
+    *bad(None, (), PARAMS, optax.adam(0.1).init(PARAMS), says="of absgd", got="0 AttentionState"),
+    *bad((ATTENTION, ATTENTION), says="in front of optax.partition", got="2 AttentionState"),
     *bad(5.0, np.float32(5.0), jnp.float32(5.0), says="pass the state of absgd"),  # λ itself
 ]
+STATE = [
+    *bad(5.0, says="pass on the state that update returns", got="float"),
+    *bad(PARAMS, says="start from what init gives", got="dict"),
+    *bad((), (ATTENTION,), says="start from what init gives", got="tuple"),
+]
+# The sums of three examples, and what is refused in their place by tilt and by the update.
+SOUND = slopes_and_sums(LOSSES, ATTENTION)[1]
+PASSED = "jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())"
+SUMS = [
+    *bad(jax.tree.map(lambda q: jnp.stack([q, q]), SOUND), says="under jax.vmap", got="(2,)"),
+    *bad(optax.tree.cast(SOUND, jnp.bfloat16), says="cast params['net']", got="bfloat16"),
+    *bad(optax.tree.cast(SOUND, jnp.float16), says="not the sums", got="float16"),
+    *bad(Sums(*[optax.MaskedNode()] * 9), says="pass on the sums, too", got="MaskedNode()"),
+]
+ZEROS = [
+    *bad(None, {}, PARAMS, says=PASSED, got="0 Sums"),
+    *bad((Sums(), zero_sums()), {"net": Sums(), "sums": Sums()}, says=PASSED, got="2 Sums"),
+    *bad(5.0, says=PASSED),
+]
+GRADIENT = bad(Sums(), {"weight": 1.0}, {"sums": SOUND}, 5.0, np.ones(9), says=PASSED)
 
 Z, Y = np.zeros([2, 3], np.float32), np.array([0, 1])
 COUNTS = per_class("(3,)") + bad(jnp.ones(4), says="(3,)")
@@ -97,18 +120,18 @@ TRANSITION = [
 
 # What is refused for an argument of that name, but where a function says otherwise.
 REFUSED = {
-    **dict.fromkeys(["learning_rate", "weight_decay", "damping", "eps", "tau"], NOT_NEGATIVE),
+    **dict.fromkeys(["learning_rate", "weight_decay", "eps", "tau"], NOT_NEGATIVE),
     **dict.fromkeys(["max_margin", "many"], NOT_NEGATIVE),
     **dict.fromkeys(["alpha", "radius", "scale"], POSITIVE),
     **dict.fromkeys(["gamma", "imbalance_factor", "q"], SHARE),
     **dict.fromkeys(["b1", "b2", "decay", "truncation"], DECAY),
     **dict.fromkeys(["rate", "beta"], NUMBER + bad(-0.5, 1.5, NAN, says="[0, 1]")),
     "momentum": [row for row in DECAY if row[0] is not None],
+    "damping": [row for row in NOT_NEGATIVE if row[0] is not None],
     "temperature": LAMBDA,
     "init_value": FIXED_LAMBDA,
     "max_jump": OPTIONAL + bad(0.0, -1, NAN, says="None leaves the average unbounded"),
     "fraction": NUMBER + bad(0.0, 1, NAN, says="(0, 1)"),
-    "opt": bad(0.1, says="pass absgd, abadam"),
     "opt_state": OPT_STATE,
     "losses": PER_EXAMPLE,
     "weights": PER_EXAMPLE,
@@ -116,7 +139,7 @@ REFUSED = {
     "logits": ARRAY + bad(np.zeros([2, 3], np.int32), says="cast") + bad(1.0, says="[..., C]"),
     "class_counts": COUNTS + bad(None, says="(3,)"),
     **dict.fromkeys(["begin", "start"], from_on(0)),
-    **dict.fromkeys(["every_k", "num_classes", "max_count"], from_on(1)),
+    **dict.fromkeys(["num_classes", "max_count"], from_on(1)),
     "labels": CLASSES,
     "kind": bad("linear", None, says="'exp' or 'step'"),
     "seed": bad(-1, 0.5, "1", None, says="a NumPy generator"),
@@ -139,13 +162,21 @@ FUNCTIONS = [
     (scale_by_attention, {"temperature": 1.0}, {}),
     (absgd, RATED, {}),
     (abadam, RATED, {}),
-    (tilt, ATTENDED, {"losses": FLOATS, "opt_state": OPT_STATE + bad(SEVERAL, says="jax.vmap")}),
+    (
+        tilt,
+        ATTENDED | {"sums": Sums()},
+        {
+            "losses": FLOATS,
+            "opt_state": OPT_STATE + bad(SEVERAL, says="jax.vmap", got="shape (2,)"),
+            "sums": SUMS + ZEROS,
+        },
+    ),
+    (zero_sums, {}, {}),
     (robust_loss, {"losses": LOSSES, "temperature": 1.0}, {"temperature": FIXED_LAMBDA}),
     (get_temperature, {}, {}),
     (two_stage, {"temperature": 1.0, "begin": 2}, {}),
     (target_ess, {}, TUNED),
     (target_kl, {"radius": 0.1}, TUNED),
-    (accumulate, {"opt": FIXED, "every_k": 2}, {}),
     (losses.balanced_softmax, COUNTED, LOSS),
     (losses.arb, COUNTED, LOSS | {"class_counts": COUNTS}),
     (losses.ldam, COUNTED, HARD),
@@ -225,28 +256,17 @@ FUNCTIONS = [
     (diagnostics.largest_weight, {"weights": LOSSES}, {}),
     (diagnostics.kl_divergence, {"weights": LOSSES}, {}),
 ]
-UPDATE = {"updates": PARAMS, "params": PARAMS, "value": 1.0, "losses": LOSSES}
-OF_TUNED = {"value": VALUE, "losses": [row for row in PER_EXAMPLE if row[0] is not None]}
-OF_TUNED |= {"where": mask(3)}
-STATE = {"state": bad((), says="start from what init gives")}
-UPDATES = [
-    (HEAD.update, UPDATE | {"state": ATTENTION}, STATE | {"value": VALUE}),
-    (TUNING.update, UPDATE | {"state": TUNING.init(PARAMS)}, OF_TUNED),
-    (STAGED.update, UPDATE | {"state": STAGED.init(PARAMS)}, OF_TUNED),
-    (MICRO.update, UPDATE | {"state": MICRO.init(PARAMS)}, STATE | OF_TUNED),
-]
+UPDATE = {"updates": PARAMS, "state": ATTENTION, "params": PARAMS, "sums": SOUND}
 
 
 def shown(value):
     """What of a value a message may show: all of it, its shape or dtype, or the entry at fault."""
     if callable(value):
         return {"a schedule"}
-    if isinstance(value, tuple):
-        return {"0 AttentionState", "2 AttentionState", "tuple", "a baseline of shape (2,)"}
+    if isinstance(value, tuple | dict):
+        return {repr(value)}
     array = np.asarray(value)
     whole = {str(x) for x in (value, repr(value), array, array.shape, array.dtype)}
-    if value is None:
-        whole.add("0 AttentionState")
     if not array.shape:
         whole.add("a scalar")
     return whole | {str(x) for x in array.ravel()}
@@ -254,14 +274,14 @@ def shown(value):
 
 def check(function, valid, refused):
     for argument, values in refused.items():
-        for value, says in values:
+        for value, says, got in values:
             with pytest.raises((TypeError, ValueError)) as error:
                 function(**valid | {argument: value})
             message = str(error.value)
-            must, _, got = message.partition(", got ")
+            must, _, rest = message.partition(", got ")
             assert must.startswith(f"{argument} must "), message
             assert says in message, (says, message)
-            assert any(x in got for x in shown(value)), message
+            assert any(x in rest for x in ([got] if got else shown(value))), message
 
 
 @pytest.mark.parametrize(("function", "valid", "own"), FUNCTIONS)
@@ -270,9 +290,8 @@ def test_every_argument(function, valid, own):
     check(function, valid, {name: own.get(name) or REFUSED[name] for name in arguments})
 
 
-@pytest.mark.parametrize(("update", "valid", "refused"), UPDATES)
-def test_update(update, valid, refused):
-    check(update, valid, refused)
+def test_update():
+    check(HEAD.update, UPDATE, {"state": STATE, "sums": SUMS + GRADIENT})
 
 
 def test_every_function_is_tested():
@@ -284,16 +303,6 @@ def test_every_function_is_tested():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: FIXED.update(PARAMS, FIXED.init(PARAMS)), "value is missing.*value=loss"),
-        (lambda: MICRO.update(PARAMS, MICRO.init(PARAMS)), "value is missing.*value=loss"),
-        (
-            lambda: TUNING.update(PARAMS, TUNING.init(PARAMS), value=1.0),
-            "losses is missing.*losses=losses",
-        ),
-        (
-            lambda: STAGED.update(PARAMS, STAGED.init(PARAMS), value=1.0),
-            "losses is missing.*losses=losses",
-        ),
         (
             lambda: diagnostics.summary(LOSSES, ATTENTION, labels=np.zeros(3, int)),
             "num_classes is missing; labels alone do not tell",
@@ -304,3 +313,202 @@ def test_every_function_is_tested():
 def test_missing(call, message):
     with pytest.raises((TypeError, ValueError), match=message):
         call()
+
+
+def message_of(tx, updates, **extra_args):
+    """The message of an update that needs other updates or arguments."""
+    with pytest.raises((TypeError, ValueError)) as error:
+        tx.update(updates, tx.init(updates), updates, **extra_args)
+    return str(error.value)
+
+
+BESIDE = {"net": PARAMS, "sums": SOUND}
+
+
+class TestMissingSums:
+    @pytest.mark.parametrize("make", [lambda: HEAD, lambda: absgd(0.1, 5.0), lambda: abadam(1, 5)])
+    def test_both_ways_to_give_them_are_named(self, make):
+        message = message_of(make(), PARAMS)
+        assert message.startswith("sums is missing; ")
+        for part in (
+            PASSED,
+            "tilt(losses, opt_state, sums)",
+            "sums=sums",
+            "TrainState",
+            "MultiSteps",
+            '{"net": params, "sums": zero_sums()}',
+            "tilt(losses, opt_state, params)",
+        ):
+            assert part in message
+        assert "needed" not in message
+        assert "mask" not in message
+
+    @pytest.mark.parametrize("name", ["value", "loss", "losses"])
+    def test_what_was_passed_before_is_not_needed(self, name):
+        message = message_of(absgd(0.1, 5.0), PARAMS, **{name: jnp.float32(1.0)})
+        assert message.startswith("sums is missing; ")
+        assert PASSED in message
+        assert re.search(f"`{name}` is(n't| not) needed", message)
+
+    @pytest.mark.parametrize(
+        "mask",
+        [
+            {"net": {"w": True, "b": False}, "sums": False},
+            {"net": {"w": True, "b": False}, "sums": Sums(*[False] * 9)},
+            lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree),  # no scalars
+        ],
+    )
+    def test_masked_out(self, mask):
+        message = message_of(optax.masked(HEAD, mask), BESIDE)
+        assert "the mask or the partition pass on the sums, too" in message
+
+    @pytest.mark.parametrize("of_sums", ["frozen", Sums(*["frozen"] * 9)])
+    def test_in_another_part(self, of_sums):
+        parts = {"trained": absgd(0.1, 5.0), "frozen": optax.set_to_zero()}
+        tx = optax.partition(parts, {"net": {"w": "trained", "b": "frozen"}, "sums": of_sums})
+        assert "the mask or the partition pass on the sums, too" in message_of(tx, BESIDE)
+
+
+class TestSumsAreGivenOnce:
+    @pytest.mark.parametrize(
+        ("updates", "sums", "got"),
+        [
+            (BESIDE, SOUND, "1"),
+            (BESIDE | {"more": SOUND}, None, "2"),
+            (BESIDE | {"more": zero_sums()}, SOUND, "2"),
+        ],
+    )
+    def test_or_message_of(self, updates, sums, got):
+        message = message_of(absgd(0.1, 5.0), updates, sums=sums)
+        assert re.match(f"sums must be given once, got {got} ", message)
+
+
+class TestSumsBeside:
+    """What is refused of an argument is refused of what is found among the updates."""
+
+    @pytest.mark.parametrize(("sums", "says", "got"), SUMS)
+    def test_or_message_of(self, sums, says, got):
+        message = message_of(HEAD, {"net": PARAMS, "sums": sums})
+        assert message.startswith("sums must ")
+        assert says in message
+        assert got in message
+
+
+def test_per_example_gradients_are_to_be_reduced():
+    def gradients(loss):
+        return slopes_and_sums(loss, ATTENTION)[1]
+
+    each = jax.vmap(gradients)(jnp.asarray(LOSSES))
+    assert "must be scalars, got shape (3,)" in message_of(HEAD, PARAMS, sums=each)
+
+
+class TestUpdates:
+    def test_float0(self):
+        params = {"w": jnp.ones(3), "n": jnp.arange(3)}
+        grads = jax.grad(lambda params: jnp.sum(params["w"]), allow_int=True)(params)
+        message = message_of(HEAD, grads, sums=SOUND)
+        assert message.startswith("updates must be floating point or complex, got ")
+        assert "float0" in message
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
+    def test_whole_numbers(self, dtype):
+        message = message_of(HEAD, {"w": np.ones(3, dtype)}, sums=SOUND)
+        assert message.startswith(
+            f"updates must be floating point or complex, got {np.dtype(dtype)}"
+        )
+        assert "optax.partition" in message
+
+    @pytest.mark.parametrize("x64", [False, True], indirect=True)
+    def test_complex_ones_are_scaled(self, x64):
+        """By the real factor that scales all others."""
+        g = jnp.array([1.0 + 0.5j, -2.0 + 3.0j])
+        assert g.dtype == (jnp.complex128 if jax.config.x64_enabled else jnp.complex64)
+        (scaled, real), _ = HEAD.update((g, jnp.ones(2)), HEAD.init(None), sums=SOUND)
+        assert scaled.dtype == g.dtype
+        np.testing.assert_allclose(scaled, np.asarray(g) * np.asarray(real), rtol=1e-6)
+        assert not np.allclose(real, 1)
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda schedule: schedule, lambda schedule: two_stage(schedule, 1)]
+)
+def test_a_schedule_of_the_temperature_is_of_scalars(wrap):
+    tx = scale_by_attention(wrap(lambda count: jnp.ones(1) * count))
+    with pytest.raises(
+        ValueError, match=r"^temperature must be a schedule of scalars, got shape \(1,"
+    ):
+        tx.init(PARAMS)
+
+
+def test_a_schedule_of_gamma_is_of_scalars():
+    message = message_of(
+        scale_by_attention(5.0, gamma=lambda count: jnp.ones(1)), PARAMS, sums=SOUND
+    )
+    assert message.startswith("gamma must be a schedule of scalars, got shape (1,)")
+
+
+def mean(state, losses):
+    return tilt(losses, state, Sums()).mean()
+
+
+def in_scan(state, losses):
+    """The state as a carry."""
+
+    def step(state, losses):
+        _, sums = slopes_and_sums(losses, state)
+        return HEAD.update(losses, state, sums=sums)[1], mean(state, losses)
+
+    return jax.lax.scan(step, state, jnp.stack([losses, losses]))
+
+
+# Of functions of a state and of losses.
+CONSTANTS = {
+    "jit": lambda state, x: jax.jit(lambda x: mean(state, x))(x),
+    "jit_of_grad": lambda state, x: jax.jit(jax.grad(lambda x: mean(state, x)))(x),
+    "grad_of_jit": lambda state, x: jax.grad(jax.jit(lambda x: mean(state, x)))(x),
+    "jit_of_vmap": lambda state, x: jax.jit(jax.vmap(lambda x: mean(state, x)))(x),
+    "numpy": lambda state, x: CONSTANTS["jit"](jax.tree.map(np.asarray, state), x),
+    "scan_in_jit": lambda state, x: jax.jit(
+        lambda x: jax.lax.map(lambda each: mean(state, each), jnp.stack([x, x]))
+    )(x),
+    # That these warn, too, is documented.
+    "scan": lambda state, x: jax.lax.map(lambda each: mean(state, each), x),
+    "cond": lambda state, x: jax.lax.cond(
+        True, lambda x: mean(state, x), lambda x: jnp.float32(0.0), x
+    ),
+    "checkpoint": lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x),
+}
+FOLLOWED = {
+    "eager": mean,
+    "eager_grad": lambda state, x: jax.grad(lambda x: mean(state, x))(x),
+    "eager_vjp": lambda state, x: jax.vjp(lambda x: mean(state, x), x)[1](jnp.float32(1.0)),
+    "eager_linearize": lambda state, x: jax.linearize(lambda x: mean(state, x), x)[1](x),
+    "eager_hessian": lambda state, x: jax.hessian(lambda x: mean(state, x))(x),
+    "eager_vmap": lambda state, x: jax.vmap(lambda x: mean(state, x))(x),
+    "argument": lambda state, x: jax.jit(mean)(state, x),
+    "argument_of_grad": lambda state, x: jax.jit(
+        lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x)
+    )(state, x),
+    "numpy_argument": lambda state, x: jax.jit(mean)(jax.tree.map(np.asarray, state), x),
+    "vmapped_argument": lambda state, x: jax.jit(jax.vmap(mean, (None, 0)))(state, x),
+    "made_inside": lambda state, x: jax.jit(lambda x: mean(HEAD.init(None), x))(x),
+    "made_and_set_inside": lambda state, x: jax.jit(
+        lambda x: mean(optax.tree.set(HEAD.init(None), temperature=2.0), x)
+    )(x),
+    "carry": in_scan,
+    "carry_in_jit": lambda state, x: jax.jit(in_scan)(state, x),
+    "carry_made_inside": lambda state, x: jax.jit(lambda x: in_scan(HEAD.init(None), x))(x),
+}
+
+
+class TestAConstantState:
+    @pytest.mark.parametrize("form", CONSTANTS)
+    def test_warns(self, form):
+        with pytest.warns(UserWarning, match="jitted, pass the state as an argument") as record:
+            CONSTANTS[form](ATTENTION, jnp.asarray(LOSSES))
+        assert {warning.filename for warning in record} == {__file__}
+
+    @pytest.mark.parametrize("form", FOLLOWED)
+    def test_is_none_where_the_state_is_followed(self, form):
+        """A warning is an error here."""
+        FOLLOWED[form](ATTENTION, jnp.asarray(LOSSES))
