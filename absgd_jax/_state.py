@@ -31,7 +31,8 @@ class AttentionState(NamedTuple):
       temperature: λ of the next loss and of its update.
       baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch the
         last mean loss, or 0.
-      averaged: Number of weighted batches that V is an average of; 0 at γ = 1, which averages none.
+      averaged: Number of weighted batches that V is an average of; 0 at γ = 1, which averages none;
+        -1 after a batch whose losses were all out of sight of V.
     """
 
     count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32
@@ -102,7 +103,7 @@ def clamped(lam: ArrayLike) -> jax.Array:
     """λ as it is used: floating point, and not between -1e-6 and 1e-6."""
     lam = jnp.asarray(lam)
     lam = lam.astype(at_least_float32(lam.dtype))
-    return jnp.where(jnp.abs(lam) < SMALLEST, jnp.where(lam < 0, -SMALLEST, SMALLEST), lam)
+    return jnp.copysign(jnp.maximum(jnp.abs(lam), SMALLEST), lam)
 
 
 def is_infinite(lam: jax.Array) -> jax.Array:

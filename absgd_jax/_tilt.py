@@ -59,8 +59,8 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
     sum in the place of a mean, micro-batches, devices and loss scaling change nothing but the
     length of the gradient, as they do for SGD.
 
-    Exponents are bounded, at ±35 in float32; beyond, the slope stays what it is at the bound. The
-    slope of a loss that is not finite is 1.
+    Exponents are bounded, in float32 by -78 and 35; beyond, the slope stays what it is at the bound.
+    The slope of a loss that is not finite is 1.
 
     Args:
       losses: Floating point, of any shape: ``[B]``, ``[B, T]``, a scalar, ...
@@ -173,37 +173,39 @@ def attend(
     shift = jnp.where(plain, 0, jnp.clip(change / lam, -most, most))
     factor = jnp.exp(shift)
     mean_exp, excess = factor * batch.exp, factor * batch.excess + jnp.expm1(shift)
+    log_exp = jnp.log(mean_exp)
     if max_jump is not None:
         highest = jnp.expm1(jnp.asarray(max_jump, dtype))
-        cut = jnp.where(first, excess, jnp.minimum(excess, highest))
-        factor = jnp.where(cut < excess, factor * (1 + cut) / mean_exp, factor)
-        excess = cut
+        cut = ~first & (excess > highest)
+        factor = jnp.where(cut, factor * (1 + highest) / mean_exp, factor)
+        mean_exp, excess = jnp.where(cut, 1 + highest, mean_exp), jnp.where(cut, highest, excess)
 
-    # E is not negative, but what rounding leaves of it may be.
     rise = gamma * excess
-    growth = jnp.where(first, gamma * mean_exp, jnp.maximum(1 + rise, 1 - gamma))
+    growth = jnp.where(first, 0, 1 - gamma) + gamma * mean_exp
     # A large λ multiplies the logarithm's error: near 1 log1p has the digits.
     near = ~first & (jnp.abs(rise) < 0.5)
     log = jnp.where(near, jnp.log1p(jnp.where(near, rise, 0)), jnp.log(growth))
 
-    # Where all of a batch is out of sight of V, V starts again from its mean. Of exponents the mean
-    # is not less than that of the mean, or the bound has cut them.
-    log_exp, mean_loss = jnp.log(mean_exp), baseline + change + lam * batch.level
-    silent = sound & ~plain & (log_exp < -most / 2)
-    beyond = ~plain & (log_exp > most - 1) & (batch.level > log_exp + 1)
-    lost = silent | beyond
-    followed = jnp.where(first, mean_loss, baseline + gamma * (mean_loss - baseline))
-    moved = jnp.where(plain, followed, jnp.where(lost, mean_loss, baseline + lam * log))
+    # A batch that is out of sight of V leaves it alone; after another V starts from the mean, unless
+    # it may just be moved. Of exponents the mean is not less than that of the mean, or it was cut.
+    mean_loss = baseline + change + lam * batch.level
+    silent, loud = (sound & ~plain & (x > most / 2) for x in (-log_exp, log_exp))
+    beyond = loud & (log_exp > most - 1) & (batch.level > log_exp + 1)
     averaged = jnp.asarray(state.averaged)
-    counts = jnp.where(lost, 1, jnp.where(plain, averaged, optax.safe_increment(averaged)))
+    left = (silent | loud) & (averaged > 0)
+    lost = (silent | beyond) & ~left
+    followed = jnp.where(first, mean_loss, baseline + gamma * (mean_loss - baseline))
+    moved = jnp.where(lost, mean_loss, jnp.where(left, baseline, baseline + lam * log))
+    counts = optax.safe_increment(jnp.maximum(averaged, 0))
+    counts = jnp.where(lost, 1, jnp.where(left, -1, counts))
     new = state._replace(
-        baseline=jnp.where(sound, moved, baseline), averaged=jnp.where(sound, counts, averaged)
+        baseline=jnp.where(sound, jnp.where(plain, followed, moved), baseline),
+        averaged=jnp.where(sound & ~plain, counts, averaged),
     )
 
     # Of losses that are not finite the gradients aren't either, and should show.
     unsound = jnp.where(counted & ~first, 1, 0).astype(dtype)
-    silenced = silent & first  # the scale would be enormous
-    scale = jnp.where(sound, jnp.where(silenced, 0, factor / growth), unsound)
+    scale = jnp.where(sound, jnp.where(silent, 0, factor / growth), unsound)
 
     # The divergences of the weights know no V: relative to it they are differences.
     z = jnp.log1p(jnp.maximum(batch.excess, eps(dtype) - 1))
@@ -214,7 +216,7 @@ def attend(
     # What rounding leaves of sums, and of losses.
     rounding = 1024 * eps(dtype) * square + (8 * eps(dtype) * batch.baseline / lam) ** 2
     tells = sound & (batch.square - square > rounding)
-    out_of_range = silent | (sound & ~tells & (log_exp > most / 4))
+    out_of_range = jnp.where(silent, ~left, sound & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
     return jnp.where(plain, 1, scale), new, Divergences(*divs)
 

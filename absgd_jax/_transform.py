@@ -154,7 +154,7 @@ def scale_by_attention(
         following = value_at("gamma", gamma, state.count + 1)
         if debias or tuned.automatic:
             # 1 - (1-γ)^t, with its digits where γ is small.
-            t = jnp.asarray(state.averaged, dtype) + 1
+            t = jnp.maximum(jnp.asarray(state.averaged, dtype), 0) + 1
             newest = -newest / jnp.expm1(t * jnp.log1p(-newest))
         scale, new, divergences = attend(state, sums, newest, max_jump)
         lam = clamped(state.temperature)

@@ -10,7 +10,8 @@ import optax
 import pytest
 from sklearn.datasets import load_digits
 
-from absgd_jax import scale_by_attention, target_ess, tilt
+from absgd_jax import scale_by_attention, Sums, target_ess, tilt
+from tests.support.attended import attend
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # that optax's schedules need
 
@@ -85,16 +86,16 @@ def train_one(lam, poison, automatic, guards):
             included &= sound
             x, factor = jnp.where(sound[:, None], x, 0), jnp.where(sound, factor, 0)
 
-        def loss_fn(w):
+        def loss_fn(w, sums):
             logits, y = x @ w[1:] + w[:1], jnp.asarray(labels)[index]
             each = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             each = factor * each + added
             where = included & jnp.isfinite(each) if "mask" in guards else included
-            tilted = tilt(each, opt_state)
-            return jnp.sum(tilted, where=where) / jnp.maximum(where.sum(), 1), (each, where)
+            tilted = tilt(each, opt_state, sums)
+            return jnp.sum(tilted, where=where) / jnp.maximum(where.sum(), 1)
 
-        (loss, (each, where)), grads = jax.value_and_grad(loss_fn, has_aux=True)(w)
-        updates, opt_state = tx.update(grads, opt_state, w, value=loss, losses=each, where=where)
+        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(w, Sums())
+        updates, opt_state = tx.update(grads, opt_state, w, sums=sums)
         return (w + updates, opt_state), optax.tree.get(opt_state, "baseline")
 
     w = jnp.zeros((65, 10))
@@ -150,8 +151,8 @@ def scales_and_baselines(lam, batches):
     tx = scale_by_attention(lam)
 
     def step(state, losses):
-        scale, state = tx.update(jnp.ones([]), state, value=tilt(losses, state).mean())
-        return state, (scale, state.baseline)
+        weights, state = attend(tx, losses, state)
+        return state, (weights.sum(), state.baseline)
 
     return jax.lax.scan(step, tx.init(None), batches)[1]
 

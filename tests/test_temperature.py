@@ -10,16 +10,17 @@ import pytest
 from absgd_jax import (
     abadam,
     absgd,
-    accumulate,
     get_temperature,
     robust_loss,
     scale_by_attention,
+    Sums,
     target_ess,
     target_kl,
     tilt,
     two_stage,
+    zero_sums,
 )
-from tests.support.attended import attend, follow
+from tests.support.attended import attend, follow, slopes_and_sums
 from tests.support.reference import divergences, tune
 
 ESS, KL = functools.partial(target_ess, 0.5), functools.partial(target_kl, 0.3)
@@ -40,16 +41,20 @@ def reached(losses, lam):
     return divergences(np.exp(z - z.max()))
 
 
+def masked_mean(where):
+    return lambda x: jnp.sum(x, where=where) / jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
+
+
 def tune_all(temperature, batches, first=None, where=None):
     """λ before each batch, and after the last one."""
     tx = scale_by_attention(temperature)
     state = tx.init(None)
     if first is not None:
         state = state._replace(temperature=jnp.asarray(first, float))
-    mean = functools.partial(jnp.mean, where=where)
+    mean = jnp.mean if where is None else masked_mean(where)
 
     def step(state, batch):
-        _, new = attend(tx, batch, state, mean, losses=batch, where=where)
+        _, new = attend(tx, batch, state, mean)
         return new, state.temperature
 
     state, before = jax.lax.scan(step, state, jnp.asarray(batches))
@@ -57,13 +62,13 @@ def tune_all(temperature, batches, first=None, where=None):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def tune_jit(make, init_value, damping, batches, first, where):
-    return tune_all(make(init_value=init_value, damping=damping), batches, first, where)
+def tune_jit(make, init_value, batches, first, where):
+    return tune_all(make(init_value=init_value), batches, first, where)
 
 
-def tuned(make, batches=BATCHES, *, init_value=np.inf, damping=2.0, first=None, where=None):
+def tuned(make, batches=BATCHES, *, init_value=np.inf, first=None, where=None):
     """As ``tune_all``. Of fewer batches it is the beginning."""
-    return np.asarray(tune_jit(make, init_value, damping, batches, first, where))
+    return np.asarray(tune_jit(make, init_value, batches, first, where))
 
 
 def scheduled(temperature, steps):
@@ -71,7 +76,7 @@ def scheduled(temperature, steps):
     tx = scale_by_attention(temperature)
 
     def step(state, _):
-        return tx.update(None, state, value=1.0)[1], get_temperature(state)
+        return tx.update(None, state, sums=zero_sums())[1], get_temperature(state)
 
     return jax.lax.scan(step, tx.init(None), length=steps)[1]
 
@@ -91,34 +96,34 @@ class TestGiven:
         np.testing.assert_allclose(weights[-1], 1 / 4, rtol=1e-4)
 
     @pytest.mark.parametrize(
-        "given",
-        [5.0, np.float32(5.0), jnp.float32(5.0), lambda count: 5.0, two_stage(5.0, 0)],
-        ids=["number", "numpy", "array", "schedule", "two_stage"],
+        ("given", "stays"),
+        [
+            (5.0, True),
+            (np.float32(5.0), True),
+            (np.array(5.0), True),
+            (two_stage(5.0, 0), True),
+            (jnp.float32(5.0), False),
+            (lambda count: 5.0, False),
+            (two_stage(lambda count: 5.0, 0), False),
+        ],
+        ids=["python", "numpy", "array", "stage", "jax", "schedule", "stage_of_schedule"],
     )
-    def test_what_is_set_is_used_and_stays(self, given):
-        """By the next loss, its update and those after, without a recompile."""
+    def test_what_is_set_is_used_and_a_number_stays(self, given, stays):
+        """By the next loss and its update, without a recompile."""
         tx = scale_by_attention(given)
         chex.clear_trace_counter()  # it goes by name
         jitted = jax.jit(chex.assert_max_traces(lambda losses, s: attend(tx, losses, s), n=1))
         losses = jnp.asarray(BATCHES[0])
         _, state = jitted(losses, tx.init(None))
         state = optax.tree.set(state, temperature=jnp.float32(-2.0))
+        assert get_temperature(state) == -2.0
         for _ in range(3):
-            assert get_temperature(state) == -2.0
-            weights, state = jitted(losses, state)
+            _, state = jitted(losses, state)
+            assert get_temperature(state) == (-2.0 if stays else 5.0)
         weights, _ = jitted(losses, optax.tree.set(tx.init(None), temperature=jnp.float32(-2.0)))
         start = scale_by_attention(-2.0).init(None)
         expected, _ = attend(scale_by_attention(-2.0), losses, start)
         np.testing.assert_array_equal(weights, expected)
-
-    def test_a_schedule_that_moves_replaces_what_is_set(self):
-        tx = scale_by_attention(optax.piecewise_constant_schedule(8.0, {2: 0.5}))
-        state = optax.tree.set(tx.init(None), temperature=jnp.float32(3.0))
-        found = []
-        for _ in range(4):
-            found.append(float(get_temperature(state)))
-            _, state = tx.update(None, state, value=1.0)
-        assert found == [3.0, 3.0, 4.0, 4.0]
 
     @pytest.mark.parametrize(
         "decay",
@@ -133,7 +138,7 @@ class TestGiven:
         for sign in (1, -1):
             weights, states = run(sign)
             assert np.all(np.isfinite(weights))
-            assert np.all(weights[9:].sum(axis=1) > 0)
+            assert np.mean(weights[9:].sum(axis=1) > 0.1) > 0.8
             assert states.temperature[-1] == sign * np.float32(1e-6)
 
     @pytest.mark.parametrize("zero", [0.0, -0.0])
@@ -229,7 +234,7 @@ class TestTarget:
 
     def test_flips_with_the_losses(self):
         found = tuned(ESS, -BATCHES, init_value=-np.inf)
-        np.testing.assert_allclose(found, -tuned(ESS, damping=0.0), rtol=1e-5)
+        np.testing.assert_allclose(found, -tuned(ESS), rtol=1e-5)
 
     def test_of_many_at_once(self):
         def run(fraction):
@@ -244,12 +249,13 @@ class TestTarget:
 def one_step(make, lam, baseline, losses, where):
     tx = scale_by_attention(make())
     state = tx.init(None)._replace(temperature=lam, baseline=baseline)
-    return tx.update(None, state, value=1.0, losses=losses, where=where)[1].temperature
+    mean = jnp.mean if where is None else masked_mean(where)
+    return attend(tx, losses, state, mean)[1].temperature
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("make", "target"), TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("lam", [0.05, 3.0, 1e3, 1e5, -0.05, -3.0, -1e5])
+@pytest.mark.parametrize("lam", [0.4, 3.0, 1e3, 1e5, -0.4, -3.0, -1e5])
 def test_one_update_is_that_of_the_formula(make, target, lam, masked):
     """In float64, wherever V stands."""
     where = np.random.default_rng(1).random(128) > 0.4 if masked else None
@@ -288,10 +294,12 @@ class TestDegenerate:
 
         def after(make, loss):
             tx = scale_by_attention(make())
-            tx = tx if k == 1 else accumulate(tx, k)
             state = tx.init(None)
-            for part in jnp.split(jnp.full(n, loss), k):
-                _, state = tx.update(None, state, value=1.0, losses=part)
+            for _ in range(2):  # the first from a V of 0
+                parts = jnp.split(jnp.full(n, loss), k)
+                sums = [slopes_and_sums(part, state)[1] for part in parts]
+                sums = jax.tree.map(lambda *x: sum(x), *sums)
+                _, state = tx.update(None, state, sums=sums)
             return get_temperature(state)
 
         run = jax.jit(lambda loss: [after(make, loss) for make in (ESS, KL)])
@@ -304,26 +312,44 @@ class TestDegenerate:
     def test_targets_out_of_reach_of_a_small_batch(self, n, make, sign):
         """Half of two examples is one: λ would fall to 0."""
         lams = tuned(make, BATCHES[:, :n], init_value=sign * np.inf)
-        assert np.all(np.abs(lams[50:]) > 0.05)
+        assert np.all(np.abs(lams[50:]) > 0.02)
 
     def test_losses_that_hardly_differ(self):
-        """Their χ² at an infinite λ, over its target, is below the smallest normal number."""
+        """Their χ² over its target is below the smallest normal number."""
         tx = scale_by_attention(target_ess(0.1, init_value=-jnp.inf))
-        update = jax.jit(lambda x: tx.update(None, tx.init(None), value=x.mean(), losses=x)[1])
-        for size in 10.0 ** np.linspace(-12, -9, 200):
-            state = update(np.float32(size * np.linspace(-1, 1, 24)))
+        update = jax.jit(lambda x: attend(tx, x, tx.init(None))[1])
+        for size in 10.0 ** np.linspace(-22, -15, 200):
+            state = update(jnp.float32(size * np.linspace(-1, 1, 24)))
             assert get_temperature(state) < 0
         assert np.isfinite(get_temperature(state))
 
-    @in_both_ways
-    def test_comes_back_from_where_ties_have_sent_it(self, make):
-        ties = np.repeat(np.float32([[0.0, 3.0]]), 2000, axis=0).repeat((120, 8), axis=1)
-        lams = tuned(make, np.concatenate([ties, BATCHES[:150]]), init_value=-np.inf)
-        assert np.all(np.isfinite(lams[1:]))
-        assert np.all(lams[1:] < 0)
-        assert lams[2000] > -0.05
-        settled = np.log(-tuned(make, init_value=-np.inf)[100:])
+    @pytest.mark.parametrize("others", ["equal", "spread"])
+    @pytest.mark.parametrize("target", [0.6, 0.7])
+    def test_stops_falling_where_ties_make_the_target_unreachable(self, target, others):
+        """And the losses that come after the ties have their weights back within a few steps."""
+        ties = np.zeros((400, 128), np.float32)
+        far = np.random.default_rng(4).exponential(size=(400, 32))
+        ties[:, 96:] = 3 if others == "equal" else far
+        tx = scale_by_attention(target_ess(target, init_value=-jnp.inf))
+        weights, states = follow(tx, np.concatenate([ties, BATCHES[:150]]))
+        lams = states.temperature
+        assert lams[400] < (-0.2 if others == "equal" else -1e-4)
+        if others == "equal":
+            assert lams[400] == lams[100]
+        sums = weights.sum(axis=1)
+        assert np.all((sums[405:] > 0.3) & (sums[405:] < 2))
+        settled = np.log(-tuned(lambda **kw: target_ess(target, **kw), init_value=-np.inf)[100:])
         assert abs(np.log(-lams[-1]) - settled.mean()) < 4 * settled.std()
+
+    @pytest.mark.parametrize("target", [0.3, 0.5])
+    def test_does_not_stop_where_outliers_hide_that_it_can_be_reached(self, target):
+        """40 % gross errors: the weights of the others are all but equal over a decade of λ."""
+        rng = np.random.default_rng(5)
+        losses = (0.1 * rng.normal(size=(600, 128))) ** 2
+        losses[:, :51] += rng.uniform(1, 3, (600, 51)) ** 2
+        lams = tuned(lambda **kw: target_ess(target, **kw), np.float32(losses), init_value=-np.inf)
+        found = [reached(x, lam)[0] for x, lam in zip(losses[300:], lams[300:], strict=False)]
+        assert 1 / (1 + np.median(found)) == pytest.approx(target, abs=0.02)
 
     @pytest.mark.parametrize("gamma", [0.9, 0.1])
     @pytest.mark.parametrize("largest", [1e3, 1e30])
@@ -337,19 +363,12 @@ class TestDegenerate:
         recovered = np.array(sums_of_weights(batches[:100], gamma))
         assert np.all(recovered[60:] > 0.5)
         assert np.all(recovered[60:] < 2)
-        # Without the bound it is not.
-        assert sums_of_weights(batches[:100], gamma, max_jump=np.inf)[60] < 0.01
 
 
-@functools.partial(jax.jit, static_argnames="max_jump")
-def sums_of_weights(batches, gamma, max_jump=None):
-    tx = scale_by_attention(ESS(damping=0.0), gamma=gamma, max_jump=max_jump)
-
-    def step(state, batch):
-        weights, state = attend(tx, batch, state, losses=batch)
-        return state, weights.sum()
-
-    return jax.lax.scan(step, tx.init(None), batches)[1]
+@jax.jit
+def sums_of_weights(batches, gamma):
+    tx = scale_by_attention(ESS(), damping=0.0, gamma=gamma)
+    return follow(tx, batches)[0].sum(axis=1)
 
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(128, 3)), jnp.float32)
@@ -357,16 +376,13 @@ Y = jnp.asarray(np.random.default_rng(1).normal(size=128), jnp.float32)
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
 
 
-def step(tx, params, opt_state, **extra_args):
-    def loss_fn(params):
+def step(tx, params, opt_state):
+    def loss_fn(params, sums):
         predictions = jnp.sum(X * params["w"][None], axis=1) + params["b"]
-        losses = jnp.square(predictions - Y)
-        return tilt(losses, opt_state).mean(), losses
+        return tilt(jnp.square(predictions - Y), opt_state, sums).mean()
 
-    (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    updates, opt_state = tx.update(
-        grads, opt_state, params, value=loss, losses=losses, **extra_args
-    )
+    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
+    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
     return optax.apply_updates(params, updates), opt_state
 
 
@@ -399,26 +415,11 @@ class TestInTheOptimizer:
 
     def test_debiases(self):
         """The first weighted batch has its own weights, which sum to 1."""
-        for temperature in (ESS(damping=0.0, init_value=1.0), two_stage(ESS(damping=0.0), 3)):
-            tx = scale_by_attention(temperature, gamma=0.1)
-            step = jax.jit(lambda losses, state, tx=tx: attend(tx, losses, state, losses=losses))
-            state = tx.init(None)
-            for losses in BATCHES[:10]:
-                weights, state = step(losses, state)
-                if state.averaged == 1:
-                    assert weights.sum() == pytest.approx(1, rel=1e-5)
-
-    def test_damping(self):
-        """Divides the gradients of what leans on hard examples, and no others."""
-        for sign, lean in ((1.0, "hard"), (-1.0, "easy")):
-            scales = []
-            for damping in (0.0, 3.0):
-                tx = scale_by_attention(ESS(init_value=sign, damping=damping))
-                weights, _ = attend(tx, jnp.asarray(BATCHES[0]), tx.init(None), losses=BATCHES[0])
-                scales.append(weights.sum())
-            chi2, _ = reached(BATCHES[0], sign)
-            expected = 1 + 3.0 * np.sqrt(chi2) if lean == "hard" else 1.0
-            assert scales[0] / scales[1] == pytest.approx(expected, rel=1e-4)
+        for temperature in (ESS(init_value=1.0), two_stage(ESS(), 3)):
+            tx = scale_by_attention(temperature, gamma=0.1, damping=0.0)
+            weights, states = follow(tx, BATCHES[:10])
+            first = int(np.argmax(states.averaged[1:] == 1))
+            assert weights[first].sum() == pytest.approx(1, rel=1e-5)
 
     def test_can_be_set_and_goes_on_from_there_without_a_recompile(self):
         tx = absgd(0.02, ESS())
@@ -435,8 +436,8 @@ class TestInTheOptimizer:
         params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
 
         def body(opt_state, losses):
-            value = tilt(losses, opt_state).mean()
-            updates, opt_state = tx.update(params, opt_state, value=value, losses=losses)
+            _, sums = slopes_and_sums(losses, opt_state)
+            updates, opt_state = tx.update(params, opt_state, sums=sums)
             chex.assert_trees_all_equal_dtypes(updates, params)
             return opt_state, None
 
@@ -445,34 +446,6 @@ class TestInTheOptimizer:
         assert get_temperature(opt_state).dtype == jnp.float32
         expected = tuned(KL)[20]
         np.testing.assert_allclose(get_temperature(opt_state), expected, rtol=0.02)
-
-    def test_accumulates(self):
-        """Micro-batches of unlike sizes, a mask on each."""
-        mask = np.random.default_rng(2).random(128) > 0.3
-        tx = scale_by_attention(KL())
-        micro = accumulate(tx, 4)
-        parts = [np.split(x, [5, 40, 41]) for x in (BATCHES[0], mask)]
-
-        @jax.jit
-        def both(lam):
-            state = optax.tree.set(tx.init(0.0), temperature=lam)
-            _, expected = tx.update(1.0, state, value=1.0, losses=BATCHES[0], where=mask)
-            state = optax.tree.set(micro.init(0.0), temperature=lam)
-            for losses, where in zip(*parts, strict=True):
-                _, state = micro.update(1.0, state, value=1.0, losses=losses, where=where)
-            return state.inner_opt_state, expected
-
-        for lam in (jnp.inf, 0.8):
-            chex.assert_trees_all_close(*both(jnp.float32(lam)), rtol=1e-5, atol=1e-6)
-
-    def test_passes_no_gradient(self, x64):
-        """From λ to the losses that tuned it."""
-
-        def after(losses):
-            tx = scale_by_attention(ESS(init_value=0.7))
-            return tx.update(None, tx.init(None), value=1.0, losses=losses)[1].temperature
-
-        np.testing.assert_array_equal(jax.jit(jax.grad(after))(np.float64(BATCHES[0])), 0)
 
     @pytest.mark.parametrize("static_args", [(), ("temperature",)], ids=["injected", "static"])
     def test_inject_hyperparams(self, static_args):
@@ -488,7 +461,7 @@ class TestInTheOptimizer:
 
 @jax.jit
 def with_damping(damping):
-    return train(absgd(0.02, KL(damping=damping)), 30)
+    return train(absgd(0.02, KL(), damping=damping), 30)
 
 
 def test_traced_arguments_are_not_checked():

@@ -7,31 +7,24 @@ import numpy as np
 import optax
 import pytest
 
-from absgd_jax import (
-    abadam,
-    absgd,
-    accumulate,
-    get_temperature,
-    scale_by_attention,
-    tilt,
-    two_stage,
-)
-from tests.support.attended import follow
-from tests.support.reference import debiased, published
+from absgd_jax import abadam, absgd, scale_by_attention, Sums, target_ess, tilt
+from absgd_jax import two_stage, zero_sums
+from tests.support.attended import attend, follow, slopes_and_sums
+from tests.support.reference import debiased, divergences, published
 
 RNG = np.random.default_rng(0)
 X, Y = np.float32(RNG.normal(size=(16, 3))), np.float32(RNG.normal(size=16))
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
 
 
-def loss_fn(params, opt_state, x=X, y=Y):
+def loss_fn(params, sums, opt_state, x=X, y=Y):
     predictions = jnp.sum(x * params["w"][None], axis=1) + params["b"]
-    return tilt(jnp.square(predictions - y), opt_state).mean()
+    return tilt(jnp.square(predictions - y), opt_state, sums).mean()
 
 
 def step(tx, params, opt_state, *batch):
-    loss, grads = jax.value_and_grad(loss_fn)(params, opt_state, *batch)
-    updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums(), opt_state, *batch)
+    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
     return optax.apply_updates(params, updates), opt_state
 
 
@@ -47,6 +40,10 @@ def train(tx, steps, params=PARAMS):
     return *carry, history
 
 
+def target():
+    return target_ess(0.5, init_value=1.0)
+
+
 class TestChain:
     def test_is_plain_sgd_at_an_infinite_temperature(self):
         params, _, _ = train(absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2), 20)
@@ -55,12 +52,13 @@ class TestChain:
         flat = scale_by_attention(jnp.inf).init(None)
 
         @jax.jit
-        def plain_step(params, opt_state):
-            updates, opt_state = tx.update(jax.grad(loss_fn)(params, flat), opt_state, params)
+        def plain_step(params, opt_state, flat):
+            grads = jax.grad(loss_fn)(params, Sums(), flat)
+            updates, opt_state = tx.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         for _ in range(20):
-            expected, opt_state = plain_step(expected, opt_state)
+            expected, opt_state = plain_step(expected, opt_state, flat)
         chex.assert_trees_all_close(params, expected, atol=1e-6)
 
     @pytest.mark.parametrize("make", [absgd, abadam])
@@ -90,7 +88,7 @@ class TestChain:
 
     def test_weight_decay_of_zero_needs_no_params(self):
         tx = absgd(0.1, 1.0)
-        updates, _ = tx.update(PARAMS, tx.init(PARAMS), value=1.0)
+        updates, _ = tx.update(PARAMS, tx.init(PARAMS), sums=zero_sums())
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
 
 
@@ -100,7 +98,8 @@ class TestHead:
         tx = scale_by_attention(1.0)
         narrow = jnp.asarray(0.7, dtype)
         grads = {"a": jnp.full(3, narrow), "b": narrow.astype(jnp.float32), "c": None}
-        updates, _ = tx.update(grads, tx.init(grads), value=1.0)
+        state = tx.init(grads)
+        updates, _ = tx.update(grads, state, sums=slopes_and_sums(jnp.float32(0.3), state)[1])
         chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
 
     @pytest.mark.parametrize("temperature", [2.0, -2.0])
@@ -111,13 +110,38 @@ class TestHead:
         expected, _ = published(batches, temperature, 0.5, alpha=2.0)
         np.testing.assert_allclose(weights, expected, rtol=1e-4)
 
-    def test_state_is_five_scalars_of_stable_dtype(self):
+    def test_state_is_four_scalars_of_stable_dtype(self):
         tx = scale_by_attention(optax.linear_schedule(1.0, 2.0, 10))
         _, states = follow(tx, RNG.gamma(2.0, size=(12, 8)))  # scan insists on stable types
-        assert len(states) == 5
+        assert len(states) == 4
         assert all(leaf.shape == (13,) for leaf in states)
         np.testing.assert_array_equal(states.count, np.arange(13))
         np.testing.assert_array_equal(states.averaged, np.arange(13))
+
+
+class TestDamping:
+    LOSSES = jnp.asarray(RNG.exponential(size=128), jnp.float32)
+
+    def weights(self, temperature, **kwargs):
+        tx = scale_by_attention(temperature, **kwargs)
+        return attend(tx, self.LOSSES, tx.init(None))[0]
+
+    @pytest.mark.parametrize("temperature", [1.0, -1.0, np.inf])
+    @pytest.mark.parametrize("damping", [1, 3.0, jnp.float32(3.0)])
+    def test_divides_the_gradients_where_weight_is_on_hard_examples(self, damping, temperature):
+        ratio = self.weights(temperature) / self.weights(temperature, damping=damping)
+        expected = 1.0
+        if temperature == 1:
+            chi2, _ = divergences(np.exp(np.asarray(self.LOSSES, np.float64)))
+            expected += float(damping) * np.sqrt(chi2)
+        np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+
+    @pytest.mark.parametrize(("make", "default"), [(lambda: 1.0, 0.0), (target, 2.0)])
+    def test_default(self, make, default):
+        weights = self.weights(make())
+        np.testing.assert_array_equal(weights, self.weights(make(), damping=default))
+        other = self.weights(make(), damping=2.0 - default)
+        assert abs(np.log(weights.sum() / other.sum())) > 0.1
 
 
 class TestGamma:
@@ -161,113 +185,11 @@ def two_stage_weights(batches, plain, gamma, debias):
     return follow(tx, batches)[0]
 
 
-K, STEPS = 3, 4
-BATCHES = np.float32(RNG.normal(size=(STEPS, 12, 3))), np.float32(RNG.normal(size=(STEPS, 12)))
-
-
-def micro(batches):
-    return tuple(a.reshape(len(a) * K, -1, *a.shape[2:]) for a in batches)
-
-
-def train_on(tx, batches):
-    """As ``train``, with a batch a step."""
-
-    def body(carry, batch):
-        return step(tx, *carry, *batch), carry
-
-    carry = PARAMS, tx.init(PARAMS)
-    carry, history = jax.jit(functools.partial(jax.lax.scan, body))(carry, batches)
-    return *carry, history
-
-
-class TestAccumulate:
-    @pytest.mark.parametrize(
-        "build",
-        [
-            lambda wrap: wrap(abadam(0.01, 2.0)),
-            lambda wrap: optax.chain(wrap(scale_by_attention(2.0)), optax.scale(-0.01)),
-            lambda wrap: wrap(
-                optax.named_chain(
-                    ("clip", optax.clip_by_global_norm(1.0)), ("opt", absgd(0.01, 2.0))
-                )
-            ),
-            lambda wrap: wrap(optax.inject_hyperparams(absgd)(0.01, 2.0)),
-            lambda wrap: wrap(optax.apply_if_finite(absgd(0.01, 2.0), 3)),
-            lambda wrap: wrap(absgd(0.01, optax.linear_schedule(3.0, 1.0, STEPS))),
-        ],
-        ids=["abadam", "inside_chain", "around_chain", "inject", "apply_if_finite", "schedule"],
-    )
-    def test_composes(self, build):
-        with jax.numpy_dtype_promotion("standard"):  # optax itself needs it
-            expected, _, _ = train_on(build(lambda opt: opt), BATCHES)
-            params, _, _ = train_on(build(lambda opt: accumulate(opt, K)), micro(BATCHES))
-        chex.assert_trees_all_close(params, expected, rtol=1e-5)
-
-    def test_between_the_batches_nothing_moves(self):
-        tx = accumulate(absgd(0.01, optax.linear_schedule(3.0, 1.0, STEPS)), K)
-        _, opt_state, (params, states) = train_on(tx, micro(BATCHES))
-        moving = params, states.inner_opt_state
-        held = jax.tree.map(lambda a: a[::K], moving)
-        chex.assert_trees_all_equal(moving, jax.tree.map(lambda a: jnp.repeat(a, K, axis=0), held))
-        # λ is the schedule of the batches, not of the micro-batches.
-        np.testing.assert_allclose(
-            jax.vmap(get_temperature)(states), np.repeat([3.0, 2.5, 2.0, 1.5], K)
-        )
-        assert get_temperature(opt_state) == 1.0
-        np.testing.assert_array_equal(states.mini_step, np.tile(np.arange(K), STEPS))
-
-    def test_memory_is_that_of_multi_steps(self):
-        params = {"w": jnp.zeros((300, 100)), "b": jnp.zeros(100)}
-
-        def memory(opt):
-            def update(params, opt_state, grads, value):
-                updates, opt_state = opt.update(grads, opt_state, params, value=value)
-                return optax.apply_updates(params, updates), opt_state
-
-            args = params, opt.init(params), params, jnp.float32(1.0)
-            with jax.numpy_dtype_promotion("standard"):
-                compiled = jax.jit(update, donate_argnums=(0, 1)).lower(*args).compile()
-            sizes = compiled.memory_analysis()
-            return sizes.argument_size_in_bytes + sizes.temp_size_in_bytes
-
-        opt = absgd(0.1, 1.0)
-        assert memory(accumulate(opt, 4)) < memory(optax.MultiSteps(opt, 4)) + 4096
-
-    def test_accumulates_in_float32(self):
-        opt_state = accumulate(absgd(0.01, 0.5), 2).init(jnp.ones(3, jnp.bfloat16))
-        assert opt_state.acc_grads.dtype == jnp.float32
-
-    def test_a_poisoned_micro_batch_leaves_no_trace_after_its_batch(self):
-        tx = accumulate(optax.apply_if_finite(absgd(0.01, 0.5), 3), K)
-        x, y = BATCHES
-        y = y.copy()
-        y[1, 5] = np.nan
-        with jax.numpy_dtype_promotion("standard"):
-            params, opt_state, _ = train_on(tx, micro((x, y)))
-            expected, expected_state, _ = train_on(tx, micro((x[[0, 2, 3]], y[[0, 2, 3]])))
-        chex.assert_trees_all_equal(params, expected)
-        assert optax.tree.get(opt_state, "total_notfinite") == 1
-        chex.assert_trees_all_equal(
-            *(optax.tree.get(s, "baseline") for s in (opt_state, expected_state))
-        )
-
-    def test_one_micro_batch(self):
-        tx = absgd(0.01, 0.5)
-        chex.assert_trees_all_close(
-            train_on(accumulate(tx, 1), BATCHES)[0], train_on(tx, BATCHES)[0], rtol=1e-6
-        )
-
-    def test_no_attention(self):
-        tx = accumulate(optax.with_extra_args_support(optax.sgd(0.1)), 2)
-        with pytest.raises(ValueError, match="opt_state must hold one AttentionState, got 0"):
-            tx.update(jnp.ones(3), tx.init(jnp.ones(3)), value=1.0)
-
-
 class TestTracedHyperparameters:
     def test_are_not_checked(self):
         def run(temperature, gamma):
             tx = scale_by_attention(temperature, gamma=gamma)
-            return tx.update(1.0, tx.init(1.0), value=1.0)[0]
+            return tx.update(1.0, tx.init(1.0), sums=zero_sums())[0]
 
         types = jax.eval_shape(jax.vmap(run), jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0]))
         assert types.shape == (2,)

@@ -111,7 +111,8 @@ def divergences(weights, shares=None):
     shares = np.full(np.shape(weights), 1 / np.size(weights)) if shares is None else shares
     ratio = weights / shares
     ratio = ratio / np.sum(shares * ratio)
-    return np.sum(shares * ratio**2) - 1, np.sum(shares * ratio * np.log(ratio))
+    logs = np.log(ratio, where=ratio > 0, out=np.zeros_like(ratio))
+    return np.sum(shares * ratio**2) - 1, np.sum(shares * ratio * logs)
 
 
 def tune(losses, temperature, *, ess=None, kl=None, shares=None):
