@@ -114,6 +114,18 @@ def make_draw(
             held_out, pool = (of_each(pool, labels[pool], part) for part in parts)
         else:
             held_out = of_each(held_out, labels[held_out], slice(tested))
+        least = class_counts(labels[pool], classes).min()
+        if largest and largest > least:
+            raise ValueError(
+                f"--largest must not exceed the {least} training images of the smallest class, got "
+                f"{largest}; lower it, or --validation"
+            )
+        if int((largest or least) * imbalance) < 1:
+            remedy = "--largest" if largest else "lower --validation"
+            raise ValueError(
+                f"--imbalance must leave the rarest class an image, got {imbalance} of the "
+                f"{largest or least} of the largest; raise it, or {remedy}"
+            )
         kept = pool[long_tailed_indices(labels[pool], imbalance, max_count=largest, seed=rng)]
         order = np.concatenate([np.setdiff1d(pool, kept), kept])  # those that are left first
         clean = of_each(order, labels[order], CLEAN)

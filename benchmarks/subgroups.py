@@ -97,7 +97,10 @@ def make_draw(
     sizes = [round(most * rare ** (group % 2)) for group in range(classes // 2 * 2)]
     cuts = [max(1, round(validation * size)) for size in sizes]
     if any(cut >= size for cut, size in zip(cuts, sizes, strict=True)):
-        raise ValueError(f"Each subclass must have images to train on and to hold out, got {sizes}")
+        raise ValueError(
+            "--rare must leave each subclass images to train on and to hold out, got "
+            f"{rare}, and with it {sizes}; raise it or --examples, or lower --validation"
+        )
 
     def draw(seed: int, search: bool) -> tuple[Examples, ...]:
         rng = np.random.default_rng(seed)

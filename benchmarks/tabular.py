@@ -116,6 +116,7 @@ def is_table(text: str) -> bool:
     return name != "" and len(share) < 2 and all(0 < float(x) <= 1 for x in share)
 
 
+FLAGS = "--tables and --flipped-tables"
 TABLE = Must("be a name, or one and a share in (0, 1], such as wine or wine:0.2", is_table)
 
 
@@ -185,11 +186,13 @@ def load(text: str, data_dir: pathlib.Path | None) -> Table:
         found = sorted(data_dir.rglob(f"{name}.dat")) if data_dir else []
         if not found:
             raise FileNotFoundError(
-                f"--tables must be of {', '.join(SKLEARN)}, or files of KEEL in --data-dir, "
+                f"{FLAGS} must be of {', '.join(SKLEARN)}, or files of KEEL in --data-dir, "
                 f"got {name}, and {data_dir or 'no folder'} has no {name}.dat"
             )
         x, y = read_keel(found[0])
     _, inverse, sizes = np.unique(y, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise ValueError(f"{FLAGS} must have two classes, got {name}, which has one; name another")
     rank = np.argsort(np.argsort(-sizes, stable=True))
     return Table(np.float32(x), np.int32(rank[inverse]))
 
@@ -226,9 +229,15 @@ def make_folds(c: Config, text: str, table: Table, flip: float) -> tuple[Fold, i
         for k, (train, test) in enumerate(kfold.split(table.x, table.y)):
             seed, labels = shuffle * c.folds + k, table.y.copy()
             if share:
-                most = max(class_counts(table.y[train], classes))
-                thin = dict(imbalance_factor=share, max_count=most, seed=seed)
-                train = train[long_tailed_indices(table.y[train], **thin)]
+                sizes = class_counts(table.y[train], classes)
+                thin = dict(imbalance_factor=share, max_count=max(sizes), seed=seed)
+                try:
+                    train = train[long_tailed_indices(table.y[train], **thin)]
+                except ValueError:
+                    raise ValueError(
+                        f"{FLAGS} must have a share that leaves every class one example, and none "
+                        f"more than it has, got {text} of {sizes.tolist()}; name another share"
+                    ) from None
             labels[train], _ = flip_labels(table.y[train], flip, num_classes=classes, seed=seed)
             for split in range(SEARCH_SEED, SEARCH_SEED + c.splits):
                 part, held_out = hold_out(c, text, labels, train, split)
@@ -260,7 +269,9 @@ def make_fold(
 ) -> Fold:
     """All training examples come once before one comes again."""
     if c.batch_size > len(train):
-        raise ValueError(f"--batch-size must not exceed the {len(train)} training examples")
+        raise ValueError(
+            f"--batch-size must not exceed the {len(train)} training examples, got {c.batch_size}"
+        )
     rng, needed = np.random.default_rng(seed), c.steps * c.batch_size
     orders = [rng.permutation(train) for _ in range(-(-needed // len(train)))]
     counts = class_counts(labels[train], int(table.y.max()) + 1)
@@ -492,8 +503,9 @@ def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 def main() -> None:
     c = config.read(Config, __doc__)
-    if len(c.tables) < 2 or len(c.flipped_tables) < 2:
-        config.fail("--tables and --flipped-tables must be two at least")
+    for tables in (c.tables, c.flipped_tables):
+        if len({*tables}) < 2:
+            config.fail(f"{FLAGS} must be two at least, got {', '.join(tables)}; name another")
     parts = [(text, 0.0) for text in c.tables]
     parts += [(text, flip) for text in c.flipped_tables for flip in c.flips if flip]
     jobs = []

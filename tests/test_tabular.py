@@ -257,10 +257,13 @@ def test_repeatable(run, tmp_path):
     ("options", "message"),
     [
         ("--tables wine", "--tables and --flipped-tables must be two at least"),
-        ("--tables wine yeast4", "--tables must be of breast_cancer, digits, iris, wine, or files"),
-        ("--tables wine iris:0.02", "max_count must leave the rarest class an example"),
+        ("--tables wine wine", "must be two at least, got wine, wine; name another"),
+        ("--tables wine yeast4", "tables must be of breast_cancer, digits, iris, wine, or files"),
+        ("--tables wine digits-10", "tables must have two classes, got digits-10"),
+        ("--tables wine iris:0.02", "tables must have a share that leaves every class one example"),
+        ("--flipped-tables iris wine:0.9", "more than it has, got wine:0.9 of [57, 47, 38]; name"),
         ("--tables wine iris:0.03", "--validation must leave some of every class of iris:0.03"),
-        ("--batch-size 100", "--batch-size must not exceed the"),
+        ("--batch-size 100", "training examples, got 100"),
         ("--folds 49", "wine must have 49 examples of every class: lower --folds"),
     ],
 )
