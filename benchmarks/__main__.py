@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import comparison, longtail, noise, report
 from benchmarks.comparison import Draw, Result, TEMPERATURE, Train
-from benchmarks.config import FROM_1, POSITIVE
+from benchmarks.config import FROM_1, OR_NONE, POSITIVE
 from benchmarks.datasets import Split
 from benchmarks.methods import Losses, parse
 from benchmarks.training import Images, Task
@@ -47,7 +47,7 @@ class Config(comparison.Config):
         *(0.01, 0.03, 0.1, 0.3),
     )
     # of ABSGD on wrong labels, and on rare classes; as in benchmarks.longtail
-    temperatures: Annotated[tuple[str, str], TEMPERATURE] = ("0.2:ess-0.6", "0.5:ess0.9")
+    temperatures: Annotated[tuple[str, str], TEMPERATURE, OR_NONE] = ("0.2:ess-0.6", "0.5:ess0.9")
 
 
 class Part(NamedTuple):

@@ -30,9 +30,9 @@ from benchmarks.config import (
     fail,
     FROM_0,
     FROM_1,
-    FROM_2,
     INSIDE,
     Must,
+    OR_NONE,
     POSITIVE,
     readable,
     refusing,
@@ -104,7 +104,14 @@ TEMPERATURE = Must(
     "effective sample size, such as ess0.5 or 0.5:ess-0.7",
     is_temperature,
 )
-ADDRESS = Must("be HOST:PORT or auto", lambda text: text == "auto" or ":" in text)
+ADDRESS = Must(
+    "be HOST:PORT or auto",
+    lambda text: text == "auto" or (":" in text and text.rpartition(":")[2].isdecimal()),
+)
+SEEDS = Must(
+    f"be a whole number from 2 to {SEARCH_SEED}, the first seed of the search",
+    lambda x: 2 <= x <= SEARCH_SEED,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Config(training.Config):
 
     dataset: Literal[*datasets.NAMES] = "digits"  # what to train on
     data_dir: pathlib.Path | None = None  # folder with the files of the data set
-    seeds: Annotated[int, FROM_2] = 5  # number of seeds that are reported
+    seeds: Annotated[int, SEEDS] = 5  # number of seeds that are reported
     search_seeds: Annotated[int, FROM_1] = 5  # seeds of every setting of the search
     # share of the smallest class that the search holds out of every class
     validation: Annotated[float, INSIDE] = 0.2
@@ -122,7 +129,7 @@ class Config(training.Config):
     # to choose from: 5 for λ = 5 from the start; 0.8:5 for plain SGD before 0.8 of the epochs;
     # 0.5:10,0.8:5 for several steps; ess0.5 for λ > 0 with an effective sample size of half the
     # batch, and ess-0.5 for λ < 0
-    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE, OR_NONE] = (
         *("0.5", "2", "5"),
         *("0.5:0.5", "0.5:2", "0.5:5"),
     )

@@ -51,6 +51,7 @@ SHARE = Must("lie in [0, 1]", lambda x: 0 <= x <= 1)
 BELOW_1 = Must("lie in [0, 1)", lambda x: 0 <= x < 1)
 ABOVE_0 = Must("lie in (0, 1]", lambda x: 0 < x <= 1)
 INSIDE = Must("lie in (0, 1)", lambda x: 0 < x < 1)
+OR_NONE = Must("be given, or none at all", lambda x: True)  # of a flag that may have no values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, musts in constraints(type(self)).items():
             value = getattr(self, name)
+            if value == () and OR_NONE not in musts:
+                raise ValueError(f"{flag(name)} must have a value, got none; name one or more")
             for x in value if isinstance(value, tuple) else (value,):
                 for must in musts:
                     if x is not None and not must.holds(x):

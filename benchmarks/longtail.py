@@ -25,9 +25,9 @@ from matplotlib.axes import Axes
 from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks import comparison, report
-from benchmarks.comparison import CLEAN, Draw, of_each, Result, Setting
-from benchmarks.config import ABOVE_0, FROM_1, FROM_2, NOT_NEGATIVE
-from benchmarks.methods import Loss, must_be_method, parse
+from benchmarks.comparison import CLEAN, Draw, of_each, Result, SEEDS, Setting
+from benchmarks.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
+from benchmarks.methods import KNOBS, Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
 RARE = 0.3  # share of the classes that are "few", and "many"
@@ -82,9 +82,9 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/longtail")  # folder to write to
     # such as cross_entropy, balanced_softmax:1.25 or cross_entropy+mixup
-    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "balanced_softmax")
-    baselines: Annotated[tuple[str, ...], METHOD] = ()  # the same, with SGD alone
-    seeds: Annotated[int, FROM_2] = 10  # number of seeds that are reported
+    methods: Annotated[tuple[str, ...], METHOD, KNOBS] = ("cross_entropy", "balanced_softmax")
+    baselines: Annotated[tuple[str, ...], METHOD, KNOBS, OR_NONE] = ()  # the same, with SGD alone
+    seeds: Annotated[int, SEEDS] = 10  # number of seeds that are reported
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
     largest: Annotated[int | None, FROM_1] = None  # training images of it; all, if not given
     tested: Annotated[int | None, FROM_1] = None  # test images of a class; all, if not given

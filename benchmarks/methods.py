@@ -22,7 +22,7 @@ import optax
 
 from absgd_jax import robust_loss, Sums
 from benchmarks import meta
-from benchmarks.config import Must, readable
+from benchmarks.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, readable, SHARE
 
 # Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
 # examples, and whether the second stage of training has begun.
@@ -193,3 +193,24 @@ def must_be_method(losses: Losses) -> Must:
 
     ways = ", ".join(filter(None, WAYS))
     return Must(f"be LOSS[:KNOB][+WAY[:KNOB]] of {', '.join(losses)}; and of {ways}", holds)
+
+
+# Of knobs; those of the others must be 0 or more and finite.
+RANGES = {"mixup": POSITIVE, "cvar": ABOVE_0, "label_smoothing": SHARE, "cb_drw": SHARE}
+
+
+@readable
+def knobs_hold(text: str) -> bool:
+    parts = (part.split(":") for part in text.split("+"))
+    return all(
+        RANGES.get(name, NOT_NEGATIVE).holds(float(knob))
+        for name, *knobs in parts
+        for knob in knobs
+    )
+
+
+KNOBS = Must(
+    "have a finite knob, in (0, 1] for cvar, in [0, 1] for label_smoothing and cb_drw, above 0 for "
+    "mixup, and 0 or more for the others",
+    knobs_hold,
+)

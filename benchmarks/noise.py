@@ -29,9 +29,9 @@ from absgd_jax import losses
 from absgd_jax.data import flip_labels
 from benchmarks import comparison, report
 from benchmarks.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
-from benchmarks.config import FROM_1, Must, POSITIVE, readable
+from benchmarks.config import FROM_1, Must, OR_NONE, POSITIVE, readable
 from benchmarks.datasets import Split
-from benchmarks.methods import Loss, must_be_method, parse
+from benchmarks.methods import KNOBS, Loss, must_be_method, parse
 from benchmarks.training import Examples, Task
 
 KINDS = ("symmetric", "asymmetric", "instance")
@@ -104,10 +104,12 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/noise")  # folder to write to
     # such as cross_entropy, gce or cross_entropy+mixup
-    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "sce", "gce", "truncated_gce")
+    methods: Annotated[tuple[str, ...], METHOD, KNOBS] = (
+        *("cross_entropy", "sce", "gce", "truncated_gce"),
+    )
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.03, 0.1, 0.3, 1.0)  # to choose from
     # as in benchmarks.longtail
-    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE, OR_NONE] = (
         *("-5", "-2", "-1"),
         *("0.2:-1", "0.2:-0.5"),
     )

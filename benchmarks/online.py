@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
 from benchmarks import datasets, layers, report
-from benchmarks.comparison import near_guess, SEARCH_SEED
-from benchmarks.config import ABOVE_0, FROM_1, FROM_2, INSIDE, POSITIVE, read, refusing
+from benchmarks.comparison import near_guess, SEARCH_SEED, SEEDS
+from benchmarks.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
 from benchmarks.config import Config as BaseConfig
 
 matplotlib.use("Agg")
@@ -61,7 +61,7 @@ class Config(BaseConfig):
     batch_sizes: Annotated[tuple[int, ...], FROM_1] = (4, 16, 64)  # each is a part of the results
     imbalance: Annotated[float, ABOVE_0] = 0.02  # share of the rarest class / most frequent, ρ
     hidden: Annotated[int, FROM_1] = 64  # width of the network's one hidden layer
-    seeds: Annotated[int, FROM_2] = 10  # streams that are reported
+    seeds: Annotated[int, SEEDS] = 10  # streams that are reported
     search_seeds: Annotated[int, FROM_1] = 2  # streams of every setting of the search
     # to choose from
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.01, 0.03, 0.1, 0.3, 1.0)

@@ -44,8 +44,8 @@ from tqdm import tqdm
 
 from absgd_jax import abadam, losses, Sums, target_ess, tilt, two_stage
 from benchmarks import comparison, datasets, report
-from benchmarks.comparison import near_guess, SEARCH_SEED, SGD, TEMPERATURE
-from benchmarks.config import ABOVE_0, FROM_1, FROM_2, POSITIVE, read, refusing
+from benchmarks.comparison import near_guess, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
+from benchmarks.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, read, refusing
 from benchmarks.config import Config as BaseConfig
 from benchmarks.datasets import Split
 
@@ -92,6 +92,8 @@ LOSSES: dict[str, Loss] = {
     "arb": lambda z, y, m, n: losses.arb(z, y, where=m),
 }
 
+ONE = Must("have one λ, such as 5 or 0.8:5", lambda temperature: "," not in temperature)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config(BaseConfig):
@@ -108,13 +110,13 @@ class Config(BaseConfig):
     methods: tuple[Literal[*LOSSES], ...] = ("cross-entropy", "arb")  # losses
     epochs: Annotated[int, FROM_1] = 12  # passes over the scenes
     batch_size: Annotated[int, FROM_1] = 4  # scenes a step
-    seeds: Annotated[int, FROM_2] = 5  # number of seeds that are reported
+    seeds: Annotated[int, SEEDS] = 5  # number of seeds that are reported
     search_seeds: Annotated[int, FROM_1] = 1  # seeds of every setting of the search
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01)  # to choose from
     # of pixels, to choose from, as in benchmarks.longtail: 5 for λ = 5, ess0.9 for one that tunes
     # itself
-    pixel_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("ess0.9",)
-    scene_temperatures: Annotated[tuple[str, ...], TEMPERATURE] = ("2",)  # of scenes
+    pixel_temperatures: Annotated[tuple[str, ...], TEMPERATURE, ONE, OR_NONE] = ("ess0.9",)
+    scene_temperatures: Annotated[tuple[str, ...], TEMPERATURE, ONE, OR_NONE] = ("2",)  # of scenes
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -43,7 +43,7 @@ from tqdm import tqdm
 from absgd_jax import scale_by_attention, Sums, tilt, zero_sums
 from benchmarks import meta, models, report, steps
 from benchmarks.config import Config as BaseConfig
-from benchmarks.config import fail, FROM_1, POSITIVE, read
+from benchmarks.config import fail, FROM_1, OR_NONE, POSITIVE, read
 from benchmarks.steps import Batch, FORMS, State, Work
 
 matplotlib.use("Agg")
@@ -89,9 +89,11 @@ class Config(BaseConfig):
     seconds: Annotated[float, POSITIVE] = 0.5  # that one timing takes, about
     compilations: Annotated[int, FROM_1] = 5  # times that every form is compiled
     # numbers of losses, of growth
-    losses: Annotated[tuple[int, ...], FROM_1] = tuple(2**k for k in (10, 13, 16, 19, 22, 25))
+    losses: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(
+        2**k for k in (10, 13, 16, 19, 22, 25)
+    )
     # numbers of parameters, of growth
-    parameters: Annotated[tuple[int, ...], FROM_1] = tuple(10**k for k in (5, 6, 7, 8))
+    parameters: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(10**k for k in (5, 6, 7, 8))
     # numbers of devices, of growth; 1, 2, 4, 8 that there are, if not given
     devices: Annotated[tuple[int, ...] | None, FROM_1] = None
     torch_python: str = "python3"  # interpreter with PyTorch
@@ -433,11 +435,14 @@ def main() -> None:
     if max(devices) > most:
         fail(f"--devices must not exceed {most}, got {max(devices)}")
     config = dataclasses.replace(config, devices=devices)
+    jobs = make_jobs(config)
+    if not jobs:
+        fail(f"--models must have one of images for --parts torch, got {', '.join(config.models)}")
     # What is read from a cache is not compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     found: dict[str, list[Record]] = {}
     with report.folder(config) as description:
-        for part, run, *args in tqdm(make_jobs(config)):
+        for part, run, *args in tqdm(jobs):
             found.setdefault(part, []).extend(run(config, *args))
             text = write(config, description, found)
         for part, records in found.items():

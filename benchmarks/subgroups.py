@@ -33,7 +33,7 @@ import numpy as np
 from absgd_jax import Sums
 from benchmarks import comparison, config, longtail, methods, report
 from benchmarks.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
-from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, POSITIVE
+from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, OR_NONE, POSITIVE
 from benchmarks.methods import Batch, parse, Parts, Step, Way
 from benchmarks.training import Examples, Images, Task, Trained
 
@@ -60,7 +60,7 @@ class Config(comparison.Config):
     search_seeds: Annotated[int, FROM_1] = 2  # seeds of every setting of the search
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.03, 0.1, 0.3)  # to choose from
     # as in benchmarks.longtail
-    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE, OR_NONE] = (
         *("0.5", "2", "5", "0.5:0.5", "0.5:2"),
         *("ess0.5", "ess0.9", "0.5:ess0.5", "0.5:ess0.9"),
     )

@@ -19,8 +19,8 @@ import numpy as np
 
 from benchmarks import comparison, longtail, noise, report, training
 from benchmarks.comparison import Setting, SGD, TEMPERATURE
-from benchmarks.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, POSITIVE
-from benchmarks.methods import must_be_method, parse
+from benchmarks.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
+from benchmarks.methods import KNOBS, must_be_method, parse
 from benchmarks.noise import NOISE
 from benchmarks.training import Run, Task, Trained
 
@@ -37,11 +37,11 @@ class Config(comparison.Config):
 
     out: pathlib.Path = pathlib.Path("out/sweep")  # folder to write to
     # as in benchmarks.longtail, and with --noise as in benchmarks.noise
-    methods: Annotated[tuple[str, ...], METHOD] = ("cross_entropy", "balanced_softmax")
-    seeds: Annotated[int, FROM_2] = 2  # number of seeds
+    methods: Annotated[tuple[str, ...], METHOD, KNOBS] = ("cross_entropy", "balanced_softmax")
+    seeds: Annotated[int, FROM_2] = 2  # number of seeds, which are those of the search
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.1,)  # peaks
     # as in benchmarks.longtail
-    temperatures: Annotated[tuple[str, ...], TEMPERATURE] = (
+    temperatures: Annotated[tuple[str, ...], TEMPERATURE, OR_NONE] = (
         *("0.5", "1", "1.5", "2", "3", "5", "10", "20"),
         *("ess0.9", "0.5:ess0.9"),
     )

@@ -48,6 +48,7 @@ from benchmarks.config import (
     INSIDE,
     Must,
     NOT_NEGATIVE,
+    OR_NONE,
     POSITIVE,
     readable,
 )
@@ -132,17 +133,25 @@ class Config(config.Config):
     )
     # tables some of whose training labels are flipped; two at least
     flipped_tables: Annotated[tuple[str, ...], TABLE] = ("breast_cancer", "wine")
-    flips: Annotated[tuple[float, ...], BELOW_1] = (0.4,)  # shares of each class
+    flips: Annotated[tuple[float, ...], BELOW_1, OR_NONE] = (0.4,)  # shares of each class
     folds: Annotated[int, FROM_2] = 5  # of a cross-validation
     shuffles: Annotated[int, FROM_1] = 1  # number of cross-validations
     splits: Annotated[int, FROM_1] = 1  # number of parts held out from a fold, for the search
     validation: Annotated[float, INSIDE] = 0.25  # share of each
     steps: Annotated[int, FROM_1] = 300  # of a run
     batch_size: Annotated[int, FROM_1] = 32  # examples a step
-    hidden: Annotated[tuple[int, ...], FROM_1] = (32, 32)  # widths of the hidden layers
+    hidden: Annotated[tuple[int, ...], FROM_1, OR_NONE] = (32, 32)  # widths of the hidden layers
     # to choose from
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01, 0.03, 0.1, 0.3)
     weight_decays: Annotated[tuple[float, ...], NOT_NEGATIVE] = (1e-4, 1e-2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.folds * self.shuffles > SEARCH_SEED:
+            raise ValueError(
+                f"--folds times --shuffles must not exceed {SEARCH_SEED}, the first seed of the "
+                f"search, got {self.folds} times {self.shuffles}; lower one"
+            )
 
 
 class Table(NamedTuple):

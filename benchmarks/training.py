@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, diagnostics, get_temperature, target_ess, tilt, two_stage
 from benchmarks import models, report
-from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, SHARE
+from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, OR_NONE, SHARE
 from benchmarks.config import Config as BaseConfig
 from benchmarks.methods import Batch, Method, Parts
 
@@ -53,7 +53,8 @@ class Config(BaseConfig):
 
     resume: bool = False  # go on with what --out holds
     model: Literal[*models.NAMES] = "mlp"  # what to train
-    hidden: Annotated[tuple[int, ...], FROM_1] = (64,)  # widths of the hidden layers of the MLP
+    # widths of the hidden layers of the MLP
+    hidden: Annotated[tuple[int, ...], FROM_1, OR_NONE] = (64,)
     dtype: Literal["float32", "bfloat16"] = "float32"  # to compute in
     epochs: Annotated[int, FROM_1] = 60  # passes over the data
     batch_size: Annotated[int, FROM_1] = 32  # examples a step
@@ -64,7 +65,7 @@ class Config(BaseConfig):
     fine_tune_from: Annotated[int, FROM_0] = 0
     schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate
     # shares of the epochs after which the rate falls
-    milestones: Annotated[tuple[float, ...], SHARE] = (0.8, 0.9)
+    milestones: Annotated[tuple[float, ...], SHARE, OR_NONE] = (0.8, 0.9)
     decay: Annotated[float, NOT_NEGATIVE] = 0.01  # what the rate is multiplied by then
     warm_up: Annotated[float, BELOW_1] = 0.025  # share of the epochs
     momentum: Annotated[float, BELOW_1] = 0.9  # of SGD

@@ -128,6 +128,13 @@ def test_each_temperature(tmp_path, compare):
     assert pictures(tmp_path)["tradeoff.png"] > 0.05
 
 
+def test_no_values(compare):
+    """Flags that may have none: SGD on a linear model, at a rate that doesn't fall."""
+    none = "--model mlp --hidden --temperatures --baselines --milestones"
+    _, results = compare(longtail, f"{SMALL} {none} --epochs 2 --learning-rates 0.1 --methods arb")
+    assert list(results) == ["arb SGD"]
+
+
 def test_draw():
     """Class sizes are those that were asked for, and no image is met twice."""
     train, test = np.arange(2000) % 4, np.arange(400) % 4

@@ -18,6 +18,7 @@ from benchmarks import (
     config,
     convergence,
     longtail,
+    methods,
     noise,
     online,
     pod,
@@ -47,7 +48,14 @@ BAD = {
         *("0", "nan", "hot", "", "0.8:5,0.5:2", "1:5", "-0.1:5", "nan:5"),
         *("ess1.5", "ess0", "1:ess0.5", "5,0.8:ess0.5"),
     ],
-    comparison.ADDRESS: ["here"],
+    config.OR_NONE: [],
+    comparison.ADDRESS: ["here", "here:", "here:there"],
+    comparison.SEEDS: [1, -1, 1001],
+    methods.KNOBS: [
+        *(f"cross_entropy+{way}" for way in ("sam:-1", "elr:nan", "meta_weight_net:inf")),
+        *("cross_entropy+mixup:0", "cross_entropy+mixup:inf"),
+    ],
+    segmentation.ONE: ["0.5:10,0.8:5"],
     **{
         method: ["", "mixup", "cross_entropy:1", "cross_entropy+sam:x", "cross_entropy+warp"]
         for method in (longtail.METHOD, noise.METHOD, sweep.METHOD)
@@ -132,6 +140,39 @@ def refusal(tmp_path, monkeypatch, capsys):
     return refusal
 
 
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=name)
+def test_no_values(benchmark, refusal):
+    """Of a flag that takes several: an error, where there is nothing to do without."""
+    hints = typing.get_type_hints(benchmark.Config)
+    for field, musts in config.constraints(benchmark.Config).items():
+        flag, kinds = config.flag(field), (hints[field], *typing.get_args(hints[field]))
+        if tuple not in map(typing.get_origin, kinds):
+            continue
+        if config.OR_NONE in musts:
+            assert getattr(benchmark.Config(**{field: ()}), field) == ()
+        else:
+            told = f"{flag} must have a value, got none; name one"
+            assert told in refusal(benchmark, flag)
+
+
+@pytest.mark.parametrize("method", ["balanced_softmax:-1", "focal:nan", "label_smoothing:2"])
+@pytest.mark.parametrize("benchmark", [longtail, sweep], ids=name)
+def test_knobs(benchmark, method, refusal):
+    told = refusal(benchmark, f"--methods arb {method}")
+    assert "--methods must have a finite knob, in (0, 1] for cvar" in told
+    assert f"0 or more for the others, got {method}" in told
+
+
+@pytest.mark.parametrize("method", ["cvar:0", "cvar:1.1", "cb_drw:1.1", "cvar:-1+sam"])
+def test_knobs_of_baselines(method, refusal):
+    assert "--baselines must have a finite knob" in refusal(longtail, f"--baselines {method}")
+
+
+def test_knobs_at_their_ends():
+    for method in ("cvar:1", "cb_drw:1", "label_smoothing:0", "focal:0+sam:0", "arb+mixup:1e-3"):
+        assert longtail.Config(methods=(method,)).methods == (method,)
+
+
 @pytest.mark.parametrize(
     ("benchmark", "options", "message"),
     [
@@ -151,18 +192,27 @@ def refusal(tmp_path, monkeypatch, capsys):
             "--process-id must be less than --num-processes, got 2",
         ),
         (longtail, "--validation 0.001", "--validation must hold out an example of every class"),
+        (longtail, "--seeds 1001", "2 to 1000, the first seed of the search, got 1001"),
+        (segmentation, "--seeds 1001", "the first seed of the search, got 1001"),
+        (tabular, "--shuffles 201", "the first seed of the search, got 5 times 201"),
         (longtail, "--largest 113", "--largest must not exceed the 1"),
         (longtail, "--imbalance 0.001", "an image, got 0.001 of the 1"),
         (longtail, "--largest 19", "got 0.05 of the 19 of the largest; raise it, or --largest"),
         (sweep, "--imbalance 0.001", "--imbalance must leave the rarest class an image, got 0.001"),
         (tour, "--validation 0.95", "or lower --validation"),
         (subgroups, "--rare 0.001", "--rare must leave each subclass images to train on and to ho"),
+        (
+            segmentation,
+            "--pixel-temperatures 0.5:10,0.8:5",
+            "--pixel-temperatures must have one λ, such as 5 or 0.8:5, got 0.5:10,0.8:5",
+        ),
         (sweep, "--methods gce", "arb_global; and of mixup"),
         (sweep, "--methods focal --noise symmetric:0.4", "of cross_entropy, sce, gce, trunc"),
         (pod, "--models vgg", "invalid choice 'vgg'"),
         (pod, "--topologies nowhere", "--topologies must be known to the TPU's compiler, got no"),
         (speed, "--parts jax", "invalid choice 'jax'"),
         (speed, "--forms sgd", "invalid choice 'sgd'"),
+        (speed, "--parts torch --models transformer", "--models must have one of images for --par"),
         (speed, "--torch-python nowhere/python", "--torch-python must be an interpreter, got no"),
     ],
 )
