@@ -213,11 +213,10 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
     """Of a batch, if it is sound: what counts is finite, and something does; whether that, too."""
-    sums = Sums(*(jnp.asarray(x).astype(dtype) for x in sums))
-    sums = Sums(*(x - sums.null for x in sums))
+    null = jnp.asarray(sums.null).astype(dtype)
+    sums = Sums(*(jnp.asarray(x).astype(dtype) - null for x in sums))
     counted = sums.weight != 0
-    sums = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
-    sound = counted & (sums.bad == 0) & (sums.exp > 0) & jnp.isfinite(sum(sums))
+    mean = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
+    sound = counted & (sums.bad == 0) & (mean.exp > 0) & jnp.isfinite(sum(mean))
     neutral = Sums(exp=1.0)
-    sums = Sums(*(jnp.where(sound, x, n) for x, n in zip(sums, neutral, strict=True)))
-    return sums, sound, counted
+    return Sums(*(jnp.where(sound, *x) for x in zip(mean, neutral, strict=True))), sound, counted

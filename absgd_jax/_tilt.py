@@ -59,8 +59,8 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
     sum in the place of a mean, micro-batches, devices and loss scaling change nothing but the
     length of the gradient, as they do for SGD.
 
-    Exponents are bounded, in float32 by -78 and 35; beyond, the slope stays what it is at the bound.
-    The slope of a loss that is not finite is 1.
+    Exponents are bounded, in float32 by -78 and 35; beyond, the slope stays what it is at the
+    bound. The slope of a loss that is not finite is 1.
 
     Args:
       losses: Floating point, of any shape: ``[B]``, ``[B, T]``, a scalar, ...
@@ -186,8 +186,9 @@ def attend(
     near = ~first & (jnp.abs(rise) < 0.5)
     log = jnp.where(near, jnp.log1p(jnp.where(near, rise, 0)), jnp.log(growth))
 
-    # A batch that is out of sight of V leaves it alone; after another V starts from the mean, unless
-    # it may just be moved. Of exponents the mean is not less than that of the mean, or it was cut.
+    # A batch that is out of sight of V leaves it alone. If the next one is, too, V starts again from
+    # its mean; unless V can just be moved, as a mean of exponents tells that isn't cut: it is not
+    # less than the exponent of the mean.
     mean_loss = baseline + change + lam * batch.level
     silent, loud = (sound & ~plain & (x > most / 2) for x in (-log_exp, log_exp))
     beyond = loud & (log_exp > most - 1) & (batch.level > log_exp + 1)

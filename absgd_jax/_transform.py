@@ -266,17 +266,11 @@ def absgd(
       Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     _check_optimizer(learning_rate, weight_decay)
+    head: Any = dict(gamma=gamma, alpha=alpha, debias=debias, damping=damping, max_jump=max_jump)
     if momentum is not None:
         check_number("momentum", momentum, DECAY, "None is plain SGD")
     return optax.chain(
-        scale_by_attention(
-            temperature,
-            gamma=gamma,
-            alpha=alpha,
-            debias=debias,
-            damping=damping,
-            max_jump=max_jump,
-        ),
+        scale_by_attention(temperature, **head),
         _add_decayed_weights(weight_decay),
         optax.sgd(learning_rate, momentum, nesterov, accumulator_dtype),
     )
@@ -344,18 +338,12 @@ def abadam(
       Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
     """
     _check_optimizer(learning_rate, weight_decay)
+    head: Any = dict(gamma=gamma, alpha=alpha, debias=debias, damping=damping, max_jump=max_jump)
     check_number("b1", b1, DECAY)
     check_number("b2", b2, DECAY)
     check_number("eps", eps, NOT_NEGATIVE)
     return optax.chain(
-        scale_by_attention(
-            temperature,
-            gamma=gamma,
-            alpha=alpha,
-            debias=debias,
-            damping=damping,
-            max_jump=max_jump,
-        ),
+        scale_by_attention(temperature, **head),
         _add_decayed_weights(weight_decay),
         optax.adam(learning_rate, b1, b2, eps, mu_dtype=mu_dtype),
     )
