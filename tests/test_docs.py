@@ -7,6 +7,7 @@ import pathlib
 import pkgutil
 import re
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -38,6 +39,7 @@ def test_code(page, capsys, monkeypatch, tmp_path):
     """The blocks of a page, one after another; where one trains, it succeeds."""
     monkeypatch.chdir(tmp_path)
     text, namespace = page.read_text(), {}
+    namespace["zip"] = one_at_a_time(namespace)
     for block in BLOCK.finditer(text):
         # Blank lines in front, so that a traceback points into the page.
         source = "\n" * text[: block.start(1)].count("\n") + block[1]
@@ -49,6 +51,17 @@ def test_code(page, capsys, monkeypatch, tmp_path):
             assert [float(x) for x in printed] == pytest.approx(stated, abs=0.02)
         elif "train_step" in source:
             assert jnp.all(namespace.pop("loss") < jnp.log(10) / 2)
+
+
+def one_at_a_time(namespace):
+    """``zip`` for the loops: queued steps of devices that share a CPU can deadlock."""
+
+    def batches(*args):
+        for batch in zip(*args, strict=True):
+            jax.block_until_ready(namespace.get("params"))
+            yield batch
+
+    return batches
 
 
 def test_readme_and_start_have_code():
