@@ -31,7 +31,15 @@ import optax
 from flax import nnx
 from sklearn.metrics import roc_auc_score
 
-from absgd_jax import get_temperature, robust_loss, scale_by_attention, target_ess, tilt, two_stage
+from absgd_jax import (
+    get_temperature,
+    robust_loss,
+    scale_by_attention,
+    Sums,
+    target_ess,
+    tilt,
+    two_stage,
+)
 
 PAD, LENGTH, BATCH, WIDTH = 0, 64, 32, 96
 
@@ -56,12 +64,11 @@ def line_losses(model, tokens):
 
 @nnx.jit
 def train_step(model, optimizer, tokens):
-    def loss_fn(model):
-        losses = line_losses(model, tokens)
-        return tilt(losses, optimizer.opt_state).mean(), losses
+    def loss_fn(model, sums):
+        return tilt(line_losses(model, tokens), optimizer.opt_state, sums).mean()
 
-    (loss, losses), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
-    optimizer.update(model, grads, value=loss, losses=losses)
+    grads, sums = nnx.grad(loss_fn, argnums=(0, 1))(model, Sums())
+    optimizer.update(model, grads, sums=sums)
 
 
 def load():

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 from sklearn.datasets import load_digits
 
-from absgd_jax import absgd, losses, target_ess, tilt, two_stage
+from absgd_jax import absgd, losses, Sums, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, long_tailed_indices
 
 TRAIN, BATCH = 1300, 64
@@ -40,12 +40,12 @@ class Net(nnx.Module):
 
 @nnx.jit
 def train_step(model, optimizer, images, labels, counts):
-    def loss_fn(model):
+    def loss_fn(model, sums):
         each = losses.balanced_softmax(model(images), labels, class_counts=counts)
-        return tilt(each, optimizer.opt_state).mean(), each
+        return tilt(each, optimizer.opt_state, sums).mean()
 
-    (loss, each), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model)
-    optimizer.update(model, grads, value=loss, losses=each)
+    grads, sums = nnx.grad(loss_fn, argnums=(0, 1))(model, Sums())
+    optimizer.update(model, grads, sums=sums)
 
 
 def main():

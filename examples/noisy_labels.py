@@ -25,7 +25,7 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from absgd_jax import absgd, get_temperature, robust_loss, target_ess, tilt, two_stage
+from absgd_jax import absgd, get_temperature, robust_loss, Sums, target_ess, tilt, two_stage
 from absgd_jax.data import flip_labels
 
 matplotlib.use("Agg")
@@ -50,13 +50,12 @@ def predict(params, images):
 
 @functools.partial(jax.jit, static_argnames="tx")
 def train_step(tx, params, opt_state, images, labels):
-    def loss_fn(params):
+    def loss_fn(params, sums):
         losses = cross_entropy(predict(params, images), labels)
-        return tilt(losses, opt_state).mean(), losses
+        return tilt(losses, opt_state, sums).mean()
 
-    (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-    # A λ that tunes itself needs the losses, too.
-    updates, opt_state = tx.update(grads, opt_state, params, value=loss, losses=losses)
+    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
+    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
     return optax.apply_updates(params, updates), opt_state
 
 
