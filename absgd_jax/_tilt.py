@@ -186,9 +186,9 @@ def attend(
     near = ~first & (jnp.abs(rise) < 0.5)
     log = jnp.where(near, jnp.log1p(jnp.where(near, rise, 0)), jnp.log(growth))
 
-    # A batch that is out of sight of V leaves it alone. If the next one is, too, V starts again from
-    # its mean; unless V can just be moved, as a mean of exponents tells that isn't cut: it is not
-    # less than the exponent of the mean.
+    # A batch that is out of sight of V leaves V alone, once. If the next one is out of sight, too,
+    # V starts again from its mean loss, or moves as always where the bound has cut nothing: where
+    # the mean of the exponents is not less than the exponent of the mean.
     mean_loss = baseline + change + lam * batch.level
     silent, loud = (sound & ~plain & (x > most / 2) for x in (-log_exp, log_exp))
     beyond = loud & (log_exp > most - 1) & (batch.level > log_exp + 1)
