@@ -1,7 +1,7 @@
-"""Inside optax's wrappers, and in the loops of other libraries.
+"""Inside optax's wrappers, before its optimisers, and in the loops of other libraries.
 
 Everywhere the same few steps, by plain optax on gradients that are scaled in NumPy. The loops are
-those of an SGD user, but for ``tilt`` and ``value``.
+those of an SGD user, but for ``tilt`` and the sums: passed to the update, or beside the parameters.
 """
 
 import functools
@@ -24,12 +24,13 @@ from jax.sharding import PartitionSpec as P
 
 from absgd_jax import (
     absgd,
-    accumulate,
-    AttentionState,
     get_temperature,
     scale_by_attention,
+    Sums,
     target_ess,
     tilt,
+    two_stage,
+    zero_sums,
 )
 from tests.support.reference import weigh
 
@@ -43,37 +44,67 @@ LAMS = [LAM] * 4 + [-1.0] * 2  # of the steps
 pytestmark = pytest.mark.usefixtures("users_promotion")  # several of the libraries need it
 
 
-def loss_fn(params, opt_state):
-    predictions = jnp.sum(X * params["w"], axis=1) + params["b"]
-    return tilt(jnp.square(predictions - Y), opt_state).mean()
+def alone(net, sums):
+    """A tree for the parameters, and one for them and for the sums beside them."""
+    return net
+
+
+def beside(net, sums):
+    return {"net": net, "sums": sums}
+
+
+FORMS = {"argument": alone, "beside": beside}
+
+
+def loss_fn(params, opt_state, sums=None):
+    """The sums are beside the parameters, if they are not given."""
+    net = params.get("net", params)
+    losses = jnp.square(jnp.sum(X * net["w"].reshape(-1), axis=1) + net["b"] - Y)
+    return tilt(losses, opt_state, sums or params).mean()
+
+
+def value_and_grad(params, opt_state):
+    """The loss, gradients, and what goes with them to the update."""
+    if "sums" in params:
+        return *jax.value_and_grad(loss_fn)(params, opt_state), {}
+    both = jax.value_and_grad(loss_fn, argnums=(0, 2))
+    loss, (grads, sums) = both(params, opt_state, Sums())
+    return loss, grads, {"sums": sums}
 
 
 def always(step):
     return True
 
 
-def by_scale(updates, state, params=None, *, scale, **extra_args):
-    return jax.tree.map(lambda g: scale * g, updates), state
+def in_numpy(params, baseline, lam):
+    """The mean loss, gradients if it is tilted at V, the scale that is to be theirs, the next V."""
+    x, y, w, b = (np.float64(a) for a in (X, Y, params["w"], params["b"]))
+    residuals = x @ w.reshape(-1) + b - y
+    weights, after = weigh(residuals**2, baseline, lam, GAMMA)
+    slopes = np.exp((residuals**2 - (baseline or 0.0)) / lam) / len(y)
+    grads = {"w": (2 * (slopes * residuals) @ x).reshape(w.shape), "b": 2 * slopes @ residuals}
+    grads["b"] = grads["b"].reshape(b.shape)
+    return np.mean(residuals**2), grads, weights.sum() / slopes.sum(), after
 
 
-def expected(
-    wrap=lambda head: optax.chain(head, SGD), params=PARAMS, lams=6 * [LAM], attends=always
-):
+def net_of(params):
+    """Without the sums."""
+    if isinstance(params, optax.LookaheadParams):
+        return optax.LookaheadParams(*map(net_of, params))
+    return params.get("net", params)
+
+
+def expected(wrap, params=PARAMS, lams=6 * [LAM], attends=always):
     """Parameters by plain optax: ``wrap`` around nothing but a factor, which NumPy knows.
 
     ``attends`` says in which steps the average moves on.
     """
-    tx = wrap(optax.GradientTransformationExtraArgs(optax.identity().init, by_scale))
-    opt_state, baseline = tx.init(params), None
+    opt_state, baseline = wrap(optax.scale(1.0)).init(params), None
     for step, lam in enumerate(lams):
         at = getattr(params, "fast", params)
-        residuals = X @ np.float64(at["w"]) + np.float64(at["b"]) - Y
-        weights, after = weigh(residuals**2, baseline, lam, GAMMA)
-        slopes = np.exp((residuals**2 - (baseline or 0.0)) / lam) / len(Y)  # of the tilted mean
-        grads = {"w": 2 * (slopes * residuals) @ X, "b": 2 * slopes @ residuals}
-        grads = jax.tree.map(jnp.float32, grads)
-        scale = jnp.float32(weights.sum() / slopes.sum())
-        updates, opt_state = tx.update(grads, opt_state, params, scale=scale)
+        _, grads, scale, after = in_numpy(at, baseline, lam)
+        grads = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, at)
+        updates, opt_state = wrap(optax.scale(scale)).update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         if attends(step):
             baseline = after
@@ -81,8 +112,23 @@ def expected(
 
 
 class Wrapper(NamedTuple):
-    wrap: Callable[[optax.GradientTransformation], optax.GradientTransformation]
+    """What is wrapped around a head, by ``wrap(head, tree)``, and how its parameters start.
+
+    ``tree`` makes a mask of one for the parameters and one for the sums.
+    """
+
+    wrap: Callable[..., optax.GradientTransformation]
     attends: Callable[[int], bool] = always
+    forms: tuple[str, ...] = ("argument", "beside")
+    start: Callable = lambda params: params
+
+
+def even(step):
+    return step % 2 == 0
+
+
+def odd(step):
+    return step % 2 == 1
 
 
 SGD = optax.sgd(RATE, 0.9)
@@ -90,124 +136,335 @@ CLIP = optax.clip_by_global_norm(0.5)
 W, B = {"w": True, "b": False}, {"w": False, "b": True}
 LABELS = {"w": "w", "b": "b"}
 UPHILL = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+IN_SYNC = optax.LookaheadParams.init_synced
+
+
+def without_arguments(tx):
+    """Of one that refuses those that it doesn't know."""
+    return optax.GradientTransformation(tx.init, tx.update)
+
 
 WRAPPERS = {
-    "named_chain": Wrapper(lambda head: optax.named_chain(("head", head), ("sgd", SGD))),
-    "clip_behind": Wrapper(lambda head: optax.chain(head, CLIP, SGD)),
-    "clip_in_front": Wrapper(lambda head: optax.chain(CLIP, head, SGD)),
-    "masked": Wrapper(lambda head: optax.chain(optax.masked(head, W), SGD)),
-    "freeze": Wrapper(lambda head: optax.chain(head, SGD, optax.transforms.freeze(B))),
+    "named_chain": Wrapper(lambda head, tree: optax.named_chain(("head", head), ("sgd", SGD))),
+    "clip_behind": Wrapper(lambda head, tree: optax.chain(head, CLIP, SGD)),
+    "clip_in_front": Wrapper(lambda head, tree: optax.chain(CLIP, head, SGD)),
+    "noise_behind": Wrapper(
+        lambda head, tree: optax.chain(head, optax.add_noise(0.1, 0.55, key=jax.random.key(0)), SGD)
+    ),
+    "ema_behind": Wrapper(lambda head, tree: optax.chain(head, optax.ema(0.9), SGD)),
+    "masked": Wrapper(lambda head, tree: optax.chain(optax.masked(head, tree(W, True)), SGD)),
+    "freeze": Wrapper(
+        lambda head, tree: optax.chain(head, SGD, optax.transforms.freeze(tree(B, False)))
+    ),
     "selective_transform": Wrapper(
-        lambda head: optax.transforms.selective_transform(optax.chain(head, SGD), freeze_mask=B)
+        lambda head, tree: optax.transforms.selective_transform(
+            optax.chain(head, SGD), freeze_mask=tree(B, False)
+        )
     ),
     "partition": Wrapper(
-        lambda head: optax.partition(
-            {"w": optax.chain(head, SGD), "b": optax.set_to_zero()}, LABELS
+        lambda head, tree: optax.partition(
+            {"w": optax.chain(head, SGD), "b": optax.set_to_zero()}, tree(LABELS, "w")
         )
     ),
     "partition_behind": Wrapper(
-        lambda head: optax.chain(head, optax.partition({"w": SGD, "b": optax.adam(RATE)}, LABELS))
+        lambda head, tree: optax.chain(
+            head, optax.partition({"w": SGD, "b": optax.adam(RATE)}, tree(LABELS, "b"))
+        )
     ),
-    "apply_if_finite": Wrapper(lambda head: optax.apply_if_finite(optax.chain(head, SGD), 3)),
+    "apply_if_finite": Wrapper(lambda head, tree: optax.apply_if_finite(optax.chain(head, SGD), 3)),
     "conditionally_mask": Wrapper(
-        lambda head: optax.conditionally_mask(optax.chain(head, SGD), lambda step: step % 2 == 0),
-        attends=lambda step: step % 2 == 0,
+        lambda head, tree: optax.conditionally_mask(optax.chain(head, SGD), even), attends=even
     ),
     "conditionally_transform": Wrapper(
-        lambda head: optax.chain(optax.conditionally_transform(head, lambda step: step >= 2), SGD),
+        lambda head, tree: optax.chain(
+            optax.conditionally_transform(head, lambda step: step >= 2), SGD
+        ),
         attends=lambda step: step >= 2,
     ),
-    "flatten": Wrapper(lambda head: optax.flatten(optax.chain(head, SGD))),
+    # In a vector of all gradients nobody finds the sums.
+    "flatten": Wrapper(
+        lambda head, tree: optax.flatten(optax.chain(head, SGD)), forms=("argument",)
+    ),
+    "flatten_behind": Wrapper(lambda head, tree: optax.chain(head, optax.flatten(SGD))),
     "inject_hyperparams": Wrapper(
-        lambda head: optax.inject_hyperparams(
+        lambda head, tree: optax.inject_hyperparams(
             lambda learning_rate: optax.chain(head, optax.sgd(learning_rate, 0.9))
         )(RATE)
     ),
     "schedule_free": Wrapper(
-        lambda head: optax.contrib.schedule_free(optax.chain(head, optax.sgd(RATE)), RATE)
+        lambda head, tree: optax.contrib.schedule_free(optax.chain(head, optax.sgd(RATE)), RATE)
     ),
-    "mechanize": Wrapper(lambda head: optax.contrib.mechanize(optax.chain(head, SGD))),
-    "lookahead_behind": Wrapper(lambda head: optax.chain(head, optax.lookahead(SGD, 2, 0.5))),
+    "mechanize": Wrapper(
+        lambda head, tree: optax.contrib.mechanize(optax.chain(head, SGD), s_init=0.1)
+    ),
+    "lookahead_behind": Wrapper(
+        lambda head, tree: optax.chain(head, optax.lookahead(SGD, 2, 0.5)), start=IN_SYNC
+    ),
     "sam_behind": Wrapper(
-        lambda head: optax.chain(
-            head, optax.GradientTransformation(*optax.contrib.sam(SGD, UPHILL))
-        )
+        lambda head, tree: optax.chain(head, without_arguments(optax.contrib.sam(SGD, UPHILL)))
     ),
-}
-# These call the optimiser inside without the loss.
-DROP_THE_LOSS = {
-    "lookahead": lambda tx: optax.lookahead(tx, 2, 0.5),
-    "sam": lambda tx: optax.GradientTransformation(*optax.contrib.sam(tx, UPHILL)),
-    "split_real_and_imaginary": optax.contrib.split_real_and_imaginary,
-    "MultiSteps": lambda tx: optax.MultiSteps(tx, 2).gradient_transformation(),
+    "split_real_and_imaginary_behind": Wrapper(
+        lambda head, tree: optax.chain(head, optax.contrib.split_real_and_imaginary(SGD))
+    ),
+    # These pass no arguments on.
+    "lookahead": Wrapper(
+        lambda head, tree: optax.lookahead(optax.chain(head, SGD), 2, 0.5),
+        start=IN_SYNC,
+        forms=("beside",),
+    ),
+    "sam": Wrapper(
+        lambda head, tree: optax.contrib.sam(optax.chain(head, SGD), UPHILL),
+        attends=odd,
+        forms=("beside",),
+    ),
+    "split_real_and_imaginary": Wrapper(
+        lambda head, tree: optax.contrib.split_real_and_imaginary(optax.chain(head, SGD)),
+        forms=("beside",),
+    ),
+    # Of the last micro-batch only.
+    "MultiSteps": Wrapper(
+        lambda head, tree: optax.MultiSteps(optax.chain(head, SGD), 2).gradient_transformation(),
+        attends=odd,
+        forms=("beside",),
+    ),
 }
 
 
 class TestWrappers:
-    @pytest.mark.parametrize("name", WRAPPERS)
-    def test_trains_and_its_temperature_can_be_read_and_set(self, name):
-        wrap, attends = WRAPPERS[name]
-        tx = wrap(scale_by_attention(LAM, gamma=GAMMA))
-        first = PARAMS
-        if name == "lookahead_behind":
-            first = optax.LookaheadParams.init_synced(PARAMS)
+    @pytest.mark.parametrize(
+        ("name", "form"), [(name, form) for name in WRAPPERS for form in WRAPPERS[name].forms]
+    )
+    def test_trains_and_its_temperature_can_be_read_and_set(self, name, form):
+        wrap, attends, _, start = WRAPPERS[name]
+        tree = FORMS[form]
+        tx = wrap(scale_by_attention(LAM, gamma=GAMMA), tree)
         chex.clear_trace_counter()  # it goes by name
 
         @jax.jit
         @chex.assert_max_traces(n=1)
         def step(params, opt_state):
             at = getattr(params, "fast", params)
-            loss, grads = jax.value_and_grad(loss_fn)(at, opt_state)
-            updates, opt_state = tx.update(grads, opt_state, params, value=loss)
+            _, grads, sums = value_and_grad(at, opt_state)
+            updates, opt_state = tx.update(grads, opt_state, params, **sums)
             return optax.apply_updates(params, updates), opt_state
 
-        params, opt_state = first, tx.init(first)
+        params = start(tree(PARAMS, zero_sums()))
+        opt_state = tx.init(params)
         for lam in LAMS:
             if optax.tree.get(opt_state, "temperature") != lam:
                 opt_state = optax.tree.set(opt_state, temperature=jnp.float32(lam))
             assert get_temperature(opt_state) == lam
             params, opt_state = step(params, opt_state)
-        chex.assert_trees_all_close(params, expected(wrap, first, LAMS, attends), rtol=1e-4)
+        plain = expected(functools.partial(wrap, tree=alone), start(PARAMS), LAMS, attends)
+        chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
 
-    @pytest.mark.parametrize("name", DROP_THE_LOSS)
-    def test_says_what_to_do_where_the_loss_is_dropped(self, name):
-        tx = optax.chain(DROP_THE_LOSS[name](absgd(RATE, LAM)))
-        params = optax.LookaheadParams.init_synced(PARAMS) if name == "lookahead" else PARAMS
+    @pytest.mark.parametrize("name", ["lookahead", "split_real_and_imaginary"])
+    def test_says_what_to_do_where_arguments_are_dropped(self, name):
+        wrap, _, _, start = WRAPPERS[name]
+        tx, params = optax.chain(wrap(scale_by_attention(LAM), alone)), start(PARAMS)
+        with pytest.raises(TypeError, match=r"sums is missing.*\"sums\": zero_sums\(\)"):
+            tx.update(PARAMS, tx.init(params), params, sums=zero_sums())
+
+    def test_sam_refuses_arguments(self):
+        tx = WRAPPERS["sam"].wrap(scale_by_attention(LAM), alone)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sums'"):
+            tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=zero_sums())
+
+    def test_sam_around_an_infinite_temperature_shows(self):
+        """It takes one state or another by products with 0; so the head stands in front of it."""
+        tx = WRAPPERS["sam"].wrap(scale_by_attention(two_stage(LAM, 10)), beside)
+        params = beside(PARAMS, zero_sums())
         opt_state = tx.init(params)
-        assert get_temperature(opt_state) == LAM
-        message = "value is missing.*wrapper drops it.*scale_by_attention in front.*accumulate"
-        with pytest.raises(TypeError, match=message):
-            tx.update(PARAMS, opt_state, params, value=1.0)
+        for _ in range(4):
+            _, grads, _ = value_and_grad(params, opt_state)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        assert np.isnan(params["net"]["w"]).all()
 
-    def test_sam_refuses_the_loss_unless_made_to_drop_it(self):
-        tx = optax.contrib.sam(SGD, UPHILL)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'value'"):
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS, value=1.0)
+    def test_flatten_hides_the_sums(self):
+        tx = WRAPPERS["flatten"].wrap(scale_by_attention(LAM), beside)
+        params = beside(PARAMS, zero_sums())
+        with pytest.raises(TypeError, match="sums is missing"):
+            tx.update(params, tx.init(params), params)
 
-    @pytest.mark.parametrize(("wrap", "value"), [(accumulate, 4.0), (optax.MultiSteps, 5.0)])
-    def test_micro_batches_have_the_mean_value_or_the_last(self, wrap, value):
-        """And a temperature that is read and set through either."""
-        tx = absgd(RATE, LAM)
-        micro = wrap(tx, 2)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_plateau_is_one_of_the_loss(self, form):
+        """At λ < 0 the learning rate doesn't collapse, as it did by a loss that was tilted."""
+        plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
+        tx = optax.chain(scale_by_attention(-1.0, gamma=GAMMA), optax.sgd(RATE), plateau)
+
+        @jax.jit
+        def step(params, opt_state):
+            loss, grads, sums = value_and_grad(params, opt_state)
+            updates, opt_state = tx.update(grads, opt_state, params, value=loss, **sums)
+            return optax.apply_updates(params, updates), opt_state, loss
+
+        params, losses = FORMS[form](PARAMS, zero_sums()), []
+        opt_state = tx.init(params)
+        for _ in range(30):
+            params, opt_state, loss = step(params, opt_state)
+            losses.append(float(loss))
+        assert losses == sorted(losses, reverse=True)
+        assert optax.tree.get(opt_state, "scale") == 1
+        plain = expected(lambda head: optax.chain(head, optax.sgd(RATE)), lams=30 * [-1.0])
+        chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
+
+    def test_complex_parameters(self):
+        """Split in front of the head or behind it."""
+        params = {"w": jnp.linspace(-0.5, 1.0, 8) + 1j, "b": jnp.complex64(0.3 - 0.2j)}
+
+        def losses_of(params):
+            return jnp.square(jnp.abs(jnp.sum(X * params["w"], axis=1) + params["b"] - Y))
+
+        def train(wrap, tree):
+            tx = wrap(scale_by_attention(LAM, gamma=GAMMA))
+            at, opt_state = tree(params, zero_sums()), tx.init(tree(params, zero_sums()))
+            for _ in range(3):
+                grads, sums = jax.grad(
+                    lambda at, sums, s=opt_state: tilt(losses_of(net_of(at)), s, sums or at).mean(),
+                    argnums=(0, 1),
+                )(at, None if "sums" in at else Sums())
+                given = {} if sums is None else {"sums": sums}
+                updates, opt_state = tx.update(grads, opt_state, at, **given)
+                at = optax.apply_updates(at, updates)
+            return net_of(at)
+
+        split, adam = optax.contrib.split_real_and_imaginary, optax.adam(RATE)
+        plain, opt_state, baseline = params, split(adam).init(params), None
+        for _ in range(3):
+            weights, baseline = weigh(losses_of(plain), baseline, LAM, GAMMA)
+            grads = jax.vjp(losses_of, plain)[1](jnp.float32(weights))[0]
+            updates, opt_state = split(adam).update(grads, opt_state, plain)
+            plain = optax.apply_updates(plain, updates)
+        in_front = train(lambda head: split(optax.chain(head, adam)), beside)
+        behind = [train(lambda head: optax.chain(head, split(adam)), f) for f in FORMS.values()]
+        for trained in (in_front, *behind):
+            chex.assert_trees_all_close(trained, plain, rtol=1e-4)
+
+    def test_multi_steps_needs_the_sums_beside(self):
+        """As an argument it passes on the last micro-batch's alone."""
+        tx = scale_by_attention(LAM)
+        micro = optax.MultiSteps(tx, 2)
         opt_state = micro.init(PARAMS)
-        assert get_temperature(opt_state) == LAM
-        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(50.0))
-        assert get_temperature(opt_state) == 50.0
-        for each in (3.0, 5.0):
-            updates, opt_state = micro.update(PARAMS, opt_state, PARAMS, value=each)
-        whole = optax.tree.set(tx.init(PARAMS), temperature=jnp.float32(50.0))
-        expected = tx.update(PARAMS, whole, PARAMS, value=value)
-        chex.assert_trees_all_close((updates, opt_state.inner_opt_state), expected, rtol=1e-6)
+        first, last = (
+            Sums(*(jnp.float32(c) for c in (1, e, e - 1, 0, 0, 0, 0, 0, 0))) for e in (3.0, 5.0)
+        )
+        for sums in (first, last):
+            _, opt_state = micro.update(PARAMS, opt_state, PARAMS, sums=sums)
+        _, wrong = tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=last)
+        chex.assert_trees_all_close(opt_state.inner_opt_state, wrong)
+
+        both = beside(PARAMS, zero_sums())
+        opt_state = micro.init(both)
+        for sums in (first, last):
+            _, opt_state = micro.update(beside(PARAMS, sums), opt_state, both)
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, last)
+        _, right = tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=mean)
+        chex.assert_trees_all_close(opt_state.inner_opt_state, right, rtol=1e-6)
+        assert right.baseline != wrong.baseline
+
+    def test_an_average_of_the_parameters(self):
+        tx, ema = absgd(RATE, LAM, gamma=GAMMA), optax.ema(0.9)
+        params = beside(PARAMS, zero_sums())
+        opt_state, ema_state, path = tx.init(params), ema.init(params), []
+        for _ in range(3):
+            _, grads, _ = value_and_grad(params, opt_state)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            average, ema_state = ema.update(params, ema_state)
+            path.append(params["net"])
+        mean = jax.tree.map(lambda a, b, c: (0.81 * a + 0.9 * b + c) / (0.81 + 0.9 + 1), *path)
+        chex.assert_trees_all_close(average, beside(mean, zero_sums()), rtol=1e-6)
 
 
-def linear_loss(model, opt_state):
+MATRIX = {"w": jnp.linspace(-0.5, 1.0, 8).reshape(4, 2), "b": jnp.full([1], 0.3)}
+
+
+def of_rate(make, **kwargs):
+    return lambda: make(RATE, **kwargs)
+
+
+# Every optimizer of optax but those that ask for more than the gradient and the loss of a batch.
+OPTIMIZERS = {
+    name: of_rate(getattr(optax, name))
+    for name in (
+        *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan"),
+        *("amsgrad", "fromage", "lamb", "lars", "lion", "nadam", "nadamw", "novograd"),
+        *("optimistic_adam_v2", "optimistic_gradient_descent", "polyak_sgd"),
+        *("radam", "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi"),
+    )
+    if hasattr(optax, name)  # not all are in the oldest optax that is tested
+}
+OPTIMIZERS |= {
+    f"contrib.{name}": of_rate(getattr(optax.contrib, name))
+    for name in (
+        *("acprop", "ademamix", "adopt", "dowg", "madgrad", "momo", "momo_adam", "muon"),
+        *("schedule_free_adamw", "schedule_free_sgd", "simplified_ademamix"),
+    )
+    if hasattr(optax.contrib, name)
+}
+OPTIMIZERS |= {
+    "adafactor": of_rate(optax.adafactor, min_dim_size_to_factor=2),
+    "lbfgs": of_rate(optax.lbfgs, linesearch=None),
+    "noisy_sgd": of_rate(optax.noisy_sgd, key=0),
+    "contrib.cocob": optax.contrib.cocob,
+    # From the defaults, of 1e-6, they take more than these few steps to get anywhere.
+    "contrib.dog": lambda: optax.contrib.dog(100.0),
+    "contrib.dadapt_adamw": of_rate(optax.contrib.dadapt_adamw, estim_lr0=0.1),
+    "contrib.prodigy": of_rate(optax.contrib.prodigy, estim_lr0=0.1),
+    "contrib.mechanize": lambda: optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1),
+}
+if hasattr(optax.contrib, "galore"):
+    OPTIMIZERS["contrib.galore"] = of_rate(optax.contrib.galore, rank=1)
+
+
+# Compiled once for all optimizers, which differ in what stands behind the head.
+jitted_value_and_grad = jax.jit(value_and_grad)
+
+
+class TestOptimizers:
+    """In float64, so that what is not the same is told from rounding."""
+
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_behind_the_head(self, name, x64):
+        make, first = OPTIMIZERS[name], jax.tree.map(lambda p: p.astype(jnp.float64), MATRIX)
+        plain = optax.with_extra_args_support(make())
+
+        params, opt_state, baseline = first, plain.init(first), None
+        for _ in range(3):
+            loss, grads, scale, baseline = in_numpy(params, baseline, LAM)
+            grads = jax.tree.map(lambda g, scale=scale: jnp.asarray(scale * g), grads)
+            updates, opt_state = plain.update(grads, opt_state, params, value=jnp.asarray(loss))
+            params = optax.apply_updates(params, updates)
+        moved = max(np.abs(params[k] - p).max() for k, p in first.items())
+        assert moved > 1e-4
+
+        for form, tree in FORMS.items():
+            opt = make()
+            if (name, form) == ("sm3", "beside"):  # which takes no scalars
+                opt = optax.masked(opt, tree(True, False))
+            tx = optax.chain(scale_by_attention(LAM, gamma=GAMMA), opt)
+            at = tree(first, zero_sums())
+            opt_state = tx.init(at)
+            for _ in range(3):
+                loss, grads, sums = jitted_value_and_grad(at, opt_state[0])
+                updates, opt_state = tx.update(grads, opt_state, at, value=loss, **sums)
+                at = optax.apply_updates(at, updates)
+            chex.assert_trees_all_close(net_of(at), params, rtol=0, atol=1e-12, custom_message=form)
+
+
+def linear_loss(model, opt_state, sums):
     """Of what maps [16, 8] to [16, 1]."""
-    return tilt(jnp.square(model(X)[:, 0] - Y), opt_state).mean()
+    return tilt(jnp.square(model(X)[:, 0] - Y), opt_state, sums).mean()
 
 
-def assert_trained(kernel, bias, lams=6 * [LAM]):
+def with_sgd(head):
+    return optax.chain(head, SGD)
+
+
+def assert_trained(kernel, bias, lams=6 * [LAM], wrap=with_sgd, attends=always):
     params = {"w": jnp.reshape(kernel, -1), "b": jnp.reshape(bias, ())}
-    chex.assert_trees_all_close(params, expected(lams=lams), rtol=1e-4)
+    chex.assert_trees_all_close(params, expected(wrap, PARAMS, lams, attends), rtol=1e-4)
 
 
 def nnx_model(temperature):
@@ -220,8 +477,11 @@ def nnx_model(temperature):
 
 @nnx.jit
 def nnx_step(model, optimizer):
-    loss, grads = nnx.value_and_grad(linear_loss)(model, optimizer.opt_state)
-    optimizer.update(model, grads, value=loss)
+    def loss_fn(model, sums):
+        return linear_loss(model, optimizer.opt_state, sums)
+
+    _, (grads, sums) = nnx.value_and_grad(loss_fn, argnums=(0, 1))(model, Sums())
+    optimizer.update(model, grads, sums=sums)
 
 
 class TestNNX:
@@ -245,77 +505,105 @@ class TestNNX:
         for i, lam in enumerate(lams):
             assert_trained(model.kernel[i], model.bias[i], 6 * [lam])
 
+    def test_sums_beside_the_state(self):
+        model, _ = nnx_model(LAM)
+        graphdef, state = nnx.split(model)
+        tx = absgd(RATE, LAM, gamma=GAMMA)
 
-class WithAttention(train_state.TrainState):
-    attention: AttentionState
+        @jax.jit
+        def step(params, opt_state):
+            def loss_fn(params):
+                return linear_loss(nnx.merge(graphdef, params["net"]), opt_state, params)
 
+            updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
 
-class ForwardsValue(train_state.TrainState):
-    def apply_gradients(self, *, grads, value, **kwargs):
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params, value=value)
-        params = optax.apply_updates(self.params, updates)
-        return self.replace(step=self.step + 1, params=params, opt_state=opt_state, **kwargs)
+        params = beside(state, zero_sums())
+        opt_state = tx.init(params)
+        for _ in range(6):
+            params, opt_state = step(params, opt_state)
+        nnx.update(model, params["net"])
+        assert_trained(model.kernel[...], model.bias[...])
 
 
 class TestLinen:
-    def run(self, make, step):
+    """Its TrainState as it is, which passes nothing but gradients on."""
+
+    @pytest.mark.parametrize(
+        ("multi_steps", "attends"),
+        [(lambda tx: tx, always), (lambda tx: optax.MultiSteps(tx, 2), odd)],
+    )
+    def test_train_state(self, multi_steps, attends):
         variables = {"params": {"kernel": PARAMS["w"][:, None], "bias": PARAMS["b"][None]}}
-        state, step = make(apply_fn=nn.Dense(1).apply, params=variables), jax.jit(step)
+        state = train_state.TrainState.create(
+            apply_fn=nn.Dense(1).apply,
+            params={"net": variables, "sums": zero_sums()},
+            tx=multi_steps(absgd(RATE, LAM, gamma=GAMMA)),
+        )
+
+        @jax.jit
+        def step(state):
+            def loss_fn(params):
+                return linear_loss(
+                    lambda x: state.apply_fn(params["net"], x), state.opt_state, params
+                )
+
+            return state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
+
         for _ in range(6):
             state = step(state)
         assert state.step == 6
-        assert_trained(state.params["params"]["kernel"], state.params["params"]["bias"])
-
-    def test_train_state_as_it_is(self):
-        attend = scale_by_attention(LAM, gamma=GAMMA)
-
-        def step(state):
-            def loss_fn(params):
-                return linear_loss(lambda x: state.apply_fn(params, x), state.attention)
-
-            loss, grads = jax.value_and_grad(loss_fn)(state.params)
-            grads, attention = attend.update(grads, state.attention, value=loss)
-            return state.apply_gradients(grads=grads, attention=attention)
-
-        make = functools.partial(WithAttention.create, tx=SGD, attention=attend.init(PARAMS))
-        self.run(make, step)
-
-    def test_train_state_that_forwards_the_loss(self):
-        def step(state):
-            def loss_fn(params):
-                return linear_loss(lambda x: state.apply_fn(params, x), state.opt_state)
-
-            loss, grads = jax.value_and_grad(loss_fn)(state.params)
-            return state.apply_gradients(grads=grads, value=loss)
-
-        self.run(functools.partial(ForwardsValue.create, tx=absgd(RATE, LAM, gamma=GAMMA)), step)
+        trained = state.params["net"]["params"]
+        assert_trained(
+            trained["kernel"],
+            trained["bias"],
+            wrap=lambda head: multi_steps(with_sgd(head)),
+            attends=attends,
+        )
+        chex.assert_trees_all_equal(state.params["sums"], zero_sums())
 
 
-def test_equinox():
+@pytest.mark.parametrize("form", FORMS)
+def test_equinox(form):
+    """It differentiates arrays only, by the first argument only."""
     model = eqx.nn.Linear(8, 1, key=jax.random.key(0))
     model = eqx.tree_at(lambda m: (m.weight, m.bias), model, (PARAMS["w"][None], PARAMS["b"][None]))
     tx = absgd(RATE, LAM, gamma=GAMMA)
 
     @eqx.filter_jit
-    def step(model, opt_state):
-        loss, grads = eqx.filter_value_and_grad(
-            lambda model: linear_loss(jax.vmap(model), opt_state)
-        )(model)
-        updates, opt_state = tx.update(
-            grads, opt_state, eqx.filter(model, eqx.is_array), value=loss
-        )
-        return eqx.apply_updates(model, updates), opt_state
+    def step(both, opt_state):
+        def loss_fn(both):
+            model, sums = both
+            return linear_loss(jax.vmap(model), opt_state, sums)
 
-    opt_state = tx.init(eqx.filter(model, eqx.is_array))
+        grads = eqx.filter_grad(loss_fn)(both)
+        if form == "beside":
+            updates, opt_state = tx.update(grads, opt_state, eqx.filter(both, eqx.is_array))
+            return eqx.apply_updates(both, updates), opt_state
+        grads, sums = grads
+        model, zeros = both
+        updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_array), sums=sums)
+        return (eqx.apply_updates(model, updates), zeros), opt_state
+
+    both = model, zero_sums()
+    opt_state = tx.init(eqx.filter(both if form == "beside" else model, eqx.is_array))
     for _ in range(6):
-        model, opt_state = step(model, opt_state)
+        both, opt_state = step(both, opt_state)
+    model, _ = both
     assert_trained(model.weight, model.bias)
+
+
+def through_orbax(path, state, like):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", state)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(path / "state", like)
 
 
 class TestOrbax:
     """The whole state is saved, restored on any number of devices, and gone on from."""
 
-    TX = accumulate(absgd(RATE, target_ess(0.9), gamma=GAMMA), 2)
+    TX = optax.MultiSteps(absgd(RATE, target_ess(0.9), gamma=GAMMA), 2).gradient_transformation()
 
     def shardings(self, devices):
         mesh = jax.make_mesh(
@@ -325,11 +613,12 @@ class TestOrbax:
             axis_types=(AxisType.Auto,),
         )
         whole = NamedSharding(mesh, P())
-        params = {"w": NamedSharding(mesh, P("model")), "b": whole}
+        sums = jax.tree.map(lambda _: whole, zero_sums())
+        params = beside({"w": NamedSharding(mesh, P("model")), "b": whole}, sums)
         opt_state = optax.tree.map_params(
             self.TX,
             lambda _, sharding: sharding,
-            jax.eval_shape(self.TX.init, PARAMS),
+            jax.eval_shape(self.TX.init, beside(PARAMS, zero_sums())),
             params,
             transform_non_params=lambda _: whole,
         )
@@ -338,13 +627,8 @@ class TestOrbax:
     def stepper(self, devices):
         def step(carry):
             params, opt_state = carry
-
-            def loss_fn(params):
-                losses = jnp.square(jnp.sum(X * params["w"], axis=1) + params["b"] - Y)
-                return tilt(losses, opt_state).mean(), losses
-
-            (loss, losses), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
-            updates, opt_state = self.TX.update(grads, opt_state, params, value=loss, losses=losses)
+            _, grads, _ = value_and_grad(params, opt_state)
+            updates, opt_state = self.TX.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
         return jax.jit(step, out_shardings=self.shardings(devices))
@@ -352,7 +636,8 @@ class TestOrbax:
     @pytest.mark.parametrize("devices", [8, 4, 1])
     def test_onto_devices(self, devices, tmp_path):
         before, after = self.stepper(8), self.stepper(devices)
-        carry = jax.device_put((PARAMS, self.TX.init(PARAMS)), self.shardings(8))
+        params = beside(PARAMS, zero_sums())
+        carry = jax.device_put((params, self.TX.init(params)), self.shardings(8))
         for _ in range(3):  # one batch of two, and half of the next
             carry = before(carry)
         like = jax.tree.map(
@@ -360,12 +645,9 @@ class TestOrbax:
             carry,
             self.shardings(devices),
         )
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", carry)
-            checkpointer.wait_until_finished()
-            restored = checkpointer.restore(tmp_path / "state", like)
+        restored = through_orbax(tmp_path, carry, like)
         chex.assert_trees_all_equal(restored, carry)
-        assert len(restored[0]["w"].sharding.device_set) == devices
+        assert len(restored[0]["net"]["w"].sharding.device_set) == devices
 
         for _ in range(3):
             carry, restored = before(carry), after(restored)
@@ -376,13 +658,65 @@ class TestOrbax:
     def test_nnx(self, tmp_path):
         both = nnx_model(LAM)
         nnx_step(*both)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", nnx.state(both))
-            checkpointer.wait_until_finished()
-            fresh = nnx_model(-1.0)
-            nnx.update(fresh, checkpointer.restore(tmp_path / "state", nnx.state(fresh)))
+        fresh = nnx_model(-1.0)
+        nnx.update(fresh, through_orbax(tmp_path, nnx.state(both), nnx.state(fresh)))
         for _ in range(5):
             nnx_step(*fresh)
         model, optimizer = fresh
         assert_trained(model.kernel[...], model.bias[...])
         assert optimizer.step[...] == 6
+
+
+class TestOrbaxAndTheTemperature:
+    """What is restored is the λ of the next step; what the new optimiser makes of it is its own."""
+
+    def train(self, temperature, opt_state=None, steps=4):
+        """λ before every step and after the last, and the state."""
+        tx, lams = absgd(RATE, temperature, gamma=GAMMA), []
+        opt_state = tx.init(PARAMS) if opt_state is None else opt_state
+        for _ in range(steps):
+            lams.append(float(get_temperature(opt_state)))
+            _, grads, sums = value_and_grad(PARAMS, opt_state)
+            _, opt_state = tx.update(grads, opt_state, PARAMS, **sums)
+        return [*lams, float(get_temperature(opt_state))], opt_state
+
+    def restored(self, path, temperature, before, steps=4):
+        """The state of an optimizer of another temperature, which is the state's alone."""
+        _, opt_state = self.train(before, steps=steps)
+        like = absgd(RATE, temperature).init(PARAMS)
+        return through_orbax(path, opt_state, like)
+
+    def test_a_restored_number_wins_over_a_changed_one(self, tmp_path):
+        opt_state = self.restored(tmp_path, 5.0, before=2.0)
+        assert self.train(5.0, opt_state)[0] == [2, 2, 2, 2, 2]
+        opt_state = optax.tree.set(opt_state, temperature=5.0)
+        assert self.train(5.0, opt_state)[0] == [5, 5, 5, 5, 5]
+
+    def test_a_changed_schedule_or_array_wins_after_a_step(self, tmp_path):
+        opt_state = self.restored(tmp_path, 5.0, before=2.0)
+        schedule = optax.linear_schedule(10.0, 0.5, 19)
+        assert self.train(schedule, opt_state, steps=2)[0] == [2, 7.5, 7]
+        assert self.train(jnp.float32(5.0), opt_state, steps=2)[0] == [2, 5, 5]
+
+    def test_a_later_second_stage_goes_back_to_the_first(self, tmp_path):
+        opt_state = self.restored(tmp_path, two_stage(5.0, 6), before=two_stage(5.0, 2))
+        assert self.train(two_stage(5.0, 6), opt_state)[0] == [5, np.inf, 5, 5, 5]
+
+    def test_a_second_stage_that_should_have_begun_begins(self, tmp_path):
+        opt_state = self.restored(tmp_path, two_stage(5.0, 2), before=two_stage(5.0, 100))
+        assert self.train(two_stage(5.0, 2), opt_state)[0] == [np.inf, 5, 5, 5, 5]
+
+    def test_an_automatic_one_goes_on_from_a_number(self, tmp_path):
+        opt_state = self.restored(tmp_path, target_ess(0.9), before=2.0)
+        (first, second, *_), _ = self.train(target_ess(0.9), opt_state)
+        assert first == 2
+        assert second != 2
+        assert 1 <= second <= 4
+        started, _ = self.train(target_ess(0.9, init_value=2.0), steps=1)
+        np.testing.assert_allclose(second, started[1], rtol=1e-6)
+
+    def test_a_number_stays_where_an_automatic_one_was(self, tmp_path):
+        opt_state = self.restored(tmp_path, 5.0, before=target_ess(0.9))
+        reached = float(get_temperature(opt_state))
+        assert reached not in (5, np.inf)
+        assert self.train(5.0, opt_state)[0] == [reached] * 5
