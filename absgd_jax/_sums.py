@@ -142,10 +142,10 @@ def taken(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sum
 
 def checked(sums: Sums) -> Sums:
     for x in sums:
-        if isinstance(x, optax.MaskedNode):
+        if x is None or isinstance(x, optax.MaskedNode):
             raise TypeError(
                 f"sums must be scalars, got {x!r}; let the mask or the partition pass on the sums, "
-                "too."
+                "too, and take zero_sums() where only arrays are differentiated."
             )
         dtype = jnp.result_type(x)
         if jnp.shape(x) != ():

@@ -180,10 +180,10 @@ def target_ess(
 
     A batch moves λ by a factor of 2 at most. It leaves λ as it is where the weights say nothing:
     all losses equal, one example, all masked, or a loss that is not finite. Over batches the mean
-    of log(1 / ESS - 1) is on target. A target may be out of reach: half of a batch whose losses are
-    all the same but for a quarter of them, or of two examples. So |λ| stops falling where the
-    weights of a part of the batch are equal and all others 0, to a thousandth: where log(1 / ESS)
-    and KL, which then agree, differ by less than that share of it.
+    of log(1 / ESS - 1) is on target. A target may be out of reach, as with two examples, or with
+    ties in most of a batch: once a part of it has all the weight, in equal shares, a smaller λ
+    changes nothing. So λ falls no further where log(1 / ESS) and KL, which agree there, do to a
+    thousandth.
 
     The target bounds what a class can gain: the weight of a share f of the batch grows at most by
 
