@@ -37,7 +37,8 @@ OPTIMIZERS = {
 RATE = 0.05
 PARAMS = {"w": jnp.linspace(-1.0, 2.0, 8), "b": jnp.float32(0.3)}
 LOSSES = np.random.default_rng(0).gamma(2.0, size=(4, 16)).astype(np.float32)
-JUMP = LOSSES * np.float32([[1], [1], [1], [8]])
+# Further than the bound on a jump, and not out of V's sight.
+JUMP = LOSSES * np.float32([[1], [1], [1], [3]])
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
 
