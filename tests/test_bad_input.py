@@ -94,6 +94,7 @@ SUMS = [
     *bad(optax.tree.cast(SOUND, jnp.bfloat16), says="cast params['net']", got="bfloat16"),
     *bad(optax.tree.cast(SOUND, jnp.float16), says="not the sums", got="float16"),
     *bad(Sums(*[optax.MaskedNode()] * 9), says="pass on the sums", got="MaskedNode()"),
+    *bad(Sums(*[None] * 9), says="zero_sums() where only arrays", got="None"),  # of Equinox
 ]
 ZEROS = [
     *bad(None, {}, PARAMS, says=PASSED, got="0 Sums"),
