@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from absgd_jax._checks import at_least_float32
 from absgd_jax._state import all_of, eps, is_infinite, the_one, unit
 
 _FACTOR = 2.0**-20
@@ -135,7 +134,7 @@ def taken(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sum
         if all_of(optax.MaskedNode, updates):
             why.append(" Let the mask or the partition pass on the sums, too.")
         raise TypeError(f"sums is missing; {_PASSED}; or {_BESIDE}.{''.join(why)}")
-    if not isinstance(sums, Sums) or any(isinstance(x, float | int) for x in sums):
+    if not isinstance(sums, Sums) or any(type(x) in (float, int) for x in sums):
         raise TypeError(f"sums must be the gradient by Sums(), got {sums!r}; {_PASSED}.")
     return updates, checked(sums)
 
@@ -153,7 +152,7 @@ def checked(sums: Sums) -> Sums:
                 f"sums must be scalars, got shape {jnp.shape(x)}; reduce the gradients of examples "
                 "or devices first, and train several models under jax.vmap."
             )
-        if at_least_float32(dtype) != dtype:
+        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 4:
             raise TypeError(
                 f"sums must be float32 or wider, got {dtype}; cast params['net'], not the sums."
             )

@@ -21,7 +21,6 @@ from absgd_jax._checks import check_number, is_concrete, POSITIVE, whole_number
 from absgd_jax._state import (
     AttentionState,
     check_temperature,
-    clamped,
     is_infinite,
     SMALLEST,
     unit,
@@ -42,10 +41,11 @@ class Temperature(NamedTuple):
     Attributes:
       init: ``init() -> λ`` of the first step.
       update: ``update(state, divergences) -> λ`` of the next step. ``state`` is the
-        :class:`AttentionState` of this one, ``state.count`` its number; ``divergences.chi2``, which
-        is 1 / ESS - 1, and ``divergences.kl`` are those of this batch's weights at its λ, and while
-        that is ±∞ at ``abs(state.baseline) + 1``, from where they fall as 1 / λ². They are 0 where
-        the batch doesn't tell, and inf where all of it is out of the range of λ.
+        :class:`AttentionState` of this one, λ being a float in the dtype of V, and ``state.count``
+        its number. ``divergences.chi2``, which is 1 / ESS - 1, and ``divergences.kl`` are those of
+        this batch's weights: at its λ, and while that is ±∞ at ``abs(state.baseline) + 1``, from
+        where they fall as 1 / λ². They are 0 where the batch doesn't tell, and inf where all of it
+        is out of the range of λ.
       automatic: Whether it follows the batches: ``debias``, ``damping`` and ``max_jump`` then have
         other defaults.
 
@@ -73,9 +73,9 @@ def as_temperature(temperature: optax.ScalarOrSchedule | Temperature) -> Tempera
         if is_concrete(temperature) and not callable(temperature):
             return state.temperature
         # What falls to 0 stops short of it, on the side where it was.
-        lam = jnp.asarray(value_at("temperature", temperature, state.count + 1))
-        before = clamped(state.temperature)
-        return jnp.where(lam == 0, jnp.copysign(SMALLEST, before), lam.astype(before.dtype))
+        before = jnp.asarray(state.temperature)
+        lam = jnp.asarray(value_at("temperature", temperature, state.count + 1), before.dtype)
+        return jnp.where(lam == 0, jnp.copysign(SMALLEST, before), lam)
 
     return Temperature(lambda: value_at("temperature", temperature, 0), update)
 
@@ -143,7 +143,7 @@ def two_stage(
         return jnp.where(jnp.greater(begin, 0), jnp.copysign(jnp.inf, start()), start())
 
     def update(state: AttentionState, divergences: Divergences) -> ArrayLike:
-        before = clamped(state.temperature)
+        before = jnp.asarray(state.temperature)
         first = start().astype(before.dtype)
         count = jnp.asarray(state.count) - begin
         # It starts at its first λ; but if that is infinite this batch may tune it already.
@@ -152,7 +152,7 @@ def two_stage(
             state._replace(count=count, temperature=jnp.where(starts, first, before)),
             Divergences(*(jnp.where(starts, 0, d) for d in divergences)),
         )
-        lam = jnp.asarray(lam).astype(before.dtype)
+        lam = jnp.asarray(lam, before.dtype)
         return jnp.where(count < -1, jnp.copysign(jnp.inf, first), lam)
 
     return Temperature(init, update, second.automatic)
@@ -305,7 +305,7 @@ def _automatic(
     def update(state: AttentionState, divergences: Divergences) -> ArrayLike:
         reached: jax.Array = getattr(divergences, measure)
         dtype = reached.dtype
-        lam = clamped(state.temperature).astype(dtype)
+        lam = jnp.asarray(state.temperature)
         ratio = reached / jnp.asarray(target, dtype)
         # The more of the weights' spread is that of a part and the rest of the batch, the less does
         # λ change it.

@@ -150,6 +150,9 @@ def scale_by_attention(
         check_state(state, AttentionState)
         updates, sums = taken(updates, sums, extra_args)
         dtype = at_least_float32(jnp.result_type(state.baseline))
+        like = state._replace(temperature=state.baseline)  # whatever kind of number was set there
+        lam = clamped(state.temperature).astype(dtype)
+        state = state._replace(temperature=lam)
         newest = jnp.asarray(value_at("gamma", gamma, state.count), dtype)
         following = value_at("gamma", gamma, state.count + 1)
         if debias or tuned.automatic:
@@ -157,7 +160,6 @@ def scale_by_attention(
             t = jnp.maximum(jnp.asarray(state.averaged, dtype), 0) + 1
             newest = -newest / jnp.expm1(t * jnp.log1p(-newest))
         scale, new, divergences = attend(state, sums, newest, max_jump)
-        lam = clamped(state.temperature)
         divisor = jnp.asarray(alpha, dtype)
         if not (is_concrete(damping) and damping == 0):
             damped = (lam > 0) & (divergences.chi2 > 0)
@@ -174,8 +176,6 @@ def scale_by_attention(
             # To a batch with the weight 1, what was before is but a point of reference.
             averaged=jnp.where(jnp.less(following, 1), new.averaged, 0),
         )
-        # Whatever kind of number was set as λ.
-        like = state._replace(temperature=state.baseline)
         new = jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), new, like)
         return jax.tree.map(lambda g: _multiply(g, scale), updates), new
 

@@ -288,6 +288,18 @@ class TestTheLeafIsLambda:
             assert jax.typeof(state.temperature) == jax.typeof(state.baseline)
             assert state.temperature.dtype == jnp.result_type(float)
 
+    @pytest.mark.parametrize("lam", [2, jnp.float32(2)], ids=["int", "float32"])
+    @pytest.mark.parametrize("rule", ["schedule", "array", "second stage", "automatic stage"])
+    def test_what_follows_has_all_its_digits_under_x64(self, rule, lam, x64):
+        given = {
+            "schedule": lambda count: jnp.asarray(0.7),
+            "array": jnp.asarray(0.7),
+            "second stage": two_stage(0.7, begin=1),
+            "automatic stage": two_stage(target_ess(0.5, init_value=0.7), begin=1),
+        }
+        tx = scale_by_attention(given[rule])
+        assert temperatures_of(tx, with_temperature(tx, lam), steps=1) == [0.7]
+
     def test_a_number_is_where_it_starts_and_what_is_set_stays(self):
         tx = scale_by_attention(5.0)
         assert temperatures_of(tx, tx.init(None)) == [5, 5, 5]

@@ -102,6 +102,13 @@ class TestHead:
         updates, _ = tx.update(grads, state, sums=slopes_and_sums(jnp.float32(0.3), state)[1])
         chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
 
+    @pytest.mark.parametrize("cast", [np.float64, np.float32, np.asarray])
+    def test_sums_may_have_been_reduced_on_the_host(self, cast):
+        tx = scale_by_attention(1.0)
+        slopes, sums = slopes_and_sums(jnp.asarray(Y), tx.init(None))
+        found = tx.update(slopes, tx.init(None), sums=jax.tree.map(cast, sums))
+        chex.assert_trees_all_close(found, tx.update(slopes, tx.init(None), sums=sums), rtol=1e-6)
+
     @pytest.mark.parametrize("temperature", [2.0, -2.0])
     def test_alpha_divides(self, temperature):
         batches = RNG.gamma(2.0, size=(5, 8)).astype(np.float32)
