@@ -44,10 +44,11 @@ class AttentionState(NamedTuple):
 def get_temperature(opt_state: optax.OptState) -> jax.Array:
     """Temperature for the next loss, wherever the attention sits in the optimiser's state.
 
-    ``optax.tree.set(opt_state, temperature=...)`` sets it: a number for good, any other temperature
-    for the next step. ``optax.tree.get`` finds two of that name where ``optax.inject_hyperparams``
-    keeps one, too; there a new value of ``opt_state.hyperparams["temperature"]`` is followed from
-    the next update on.
+    ``optax.tree.set(opt_state, temperature=...)`` sets it, between an update and the next loss: a
+    number for good, any other temperature for a step. An array of the leaf's dtype, such as
+    ``jnp.float32(2.0)``, compiles nothing again. ``optax.tree.get`` finds two of that name where
+    ``optax.inject_hyperparams`` keeps one, too; there a new value of
+    ``opt_state.hyperparams["temperature"]`` is followed from the next update on.
 
     Args:
       opt_state: State of a transformation that holds one :func:`scale_by_attention`, alone or
@@ -65,7 +66,7 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
       >>> opt_state = absgd(0.1, temperature=5.0).init(jnp.zeros(3))
       >>> print(get_temperature(opt_state))
       5.0
-      >>> opt_state = optax.tree.set(opt_state, temperature=2)
+      >>> opt_state = optax.tree.set(opt_state, temperature=jnp.float32(2.0))
       >>> print(get_temperature(opt_state))
       2.0
     """
@@ -78,8 +79,9 @@ def attention_of(opt_state: optax.OptState) -> AttentionState:
         AttentionState,
         "opt_state",
         opt_state,
-        "pass the state of absgd, abadam or scale_by_attention, or of what wraps it. To train "
-        "parts of a model apart, put one scale_by_attention in front of optax.partition.",
+        "pass the state of absgd, abadam or scale_by_attention, or of what wraps it, restored into "
+        "the structure that init gives. To train parts of a model apart, put one "
+        "scale_by_attention in front of optax.partition.",
     )
 
 
@@ -108,6 +110,10 @@ def clamped(lam: ArrayLike) -> jax.Array:
 
 def is_infinite(lam: jax.Array) -> jax.Array:
     return jnp.abs(lam) >= INFINITE
+
+
+def inverse(lam: jax.Array) -> jax.Array:
+    return jnp.where(is_infinite(lam), 0, 1 / lam)
 
 
 def unit(lam: jax.Array, baseline: jax.Array) -> jax.Array:

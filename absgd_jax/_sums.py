@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from absgd_jax._state import all_of, eps, is_infinite, the_one, unit
+from absgd_jax._state import all_of, eps, inverse, is_infinite, the_one, unit
 
 _FACTOR = 2.0**-20
 _LARGEST, _LARGE = 1e30, 1e9  # of levels, and of those whose squares are summed
@@ -49,6 +49,7 @@ class Sums(NamedTuple):
       entropy: :math:`\sum c_i (z_i e^{z_i} - e^{z_i} + 1)`, for the KL divergence.
       level: :math:`\sum c_i z_i`, without a bound on :math:`z_i`.
       baseline: :math:`\sum c_i V`.
+      inverse: :math:`\sum c_i / \lambda`.
       bad: :math:`\sum c_i` of the losses that are not finite.
       null: 0. What is found here was added by others to every leaf of the parameters.
 
@@ -70,6 +71,7 @@ class Sums(NamedTuple):
     entropy: Any = 0.0
     level: Any = 0.0
     baseline: Any = 0.0
+    inverse: Any = 0.0
     bad: Any = 0.0
     null: Any = 0.0
 
@@ -187,8 +189,9 @@ def _ride_jvp(
     square, entropy = divergences(half, jnp.expm1(half))
     square = jnp.where(plain, linear**2, square)
     entropy = jnp.where(plain, linear**2 / 2, entropy)
-    # V is the same for all, so that it is told without a sum's rounding.
-    terms = 1.0, exp, excess, square, entropy, level, baseline, jnp.where(sound, 0.0, 1.0), 0.0
+    # V and λ are the same for all, so that they are told without a sum's rounding.
+    told = level, baseline, inverse(lam), jnp.where(sound, 0.0, 1.0)
+    terms = 1.0, exp, excess, square, entropy, *told, 0.0
     riding = sum(
         jnp.asarray(f, losses.dtype) * q.astype(losses.dtype)
         for f, q in zip(terms, tangents[1], strict=True)
@@ -211,11 +214,12 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
-    """Of a batch, if it is sound: what counts is finite, and something does; whether that, too."""
+    """Of a batch; whether anything counts; and whether that is sound: all losses are finite."""
     null = jnp.asarray(sums.null).astype(dtype)
     sums = Sums(*(jnp.asarray(x).astype(dtype) - null for x in sums))
     counted = sums.weight != 0
     mean = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
-    sound = counted & (sums.bad == 0) & (mean.exp > 0) & jnp.isfinite(sum(mean))
+    tell = counted & jnp.isfinite(sum(mean))
     neutral = Sums(exp=1.0)
-    return Sums(*(jnp.where(sound, *x) for x in zip(mean, neutral, strict=True))), sound, counted
+    mean = Sums(*(jnp.where(tell, *x) for x in zip(mean, neutral, strict=True)))
+    return mean, counted, tell & (mean.bad == 0)

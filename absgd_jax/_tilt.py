@@ -35,6 +35,7 @@ from absgd_jax._state import (
     check_temperature,
     clamped,
     eps,
+    inverse,
     is_infinite,
     unit,
 )
@@ -163,7 +164,17 @@ def attend(
     dtype = gamma.dtype
     lam, baseline = temperature_and_baseline(state, dtype)
     plain, first, most = is_infinite(lam), jnp.equal(state.averaged, 0), bound(dtype)
-    batch, sound, counted = means(sums, dtype)
+    batch, counted, sound = means(sums, dtype)
+
+    # What does not fit together was tilted with another λ, has weights that are negative in sum, or
+    # has passed noise or what is not linear. Sums in bfloat16 are as good as 1 %.
+    ours, theirs = inverse(lam), batch.inverse
+    fits = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
+    one = batch.exp - batch.excess
+    fits &= plain | ((batch.exp > 0) & (jnp.abs(one - 1) <= 0.02 * (1 + batch.exp)))
+    fits |= batch.weight == 0
+    sound &= fits
+    mean_exp = jnp.where(sound, batch.exp, 1)
 
     # Losses that were tilted with another V, as by a closure over an older state.
     change = batch.baseline - baseline
@@ -172,7 +183,7 @@ def attend(
     lam = unit(lam, baseline + change)
     shift = jnp.where(plain, 0, jnp.clip(change / lam, -most, most))
     factor = jnp.exp(shift)
-    mean_exp, excess = factor * batch.exp, factor * batch.excess + jnp.expm1(shift)
+    mean_exp, excess = factor * mean_exp, factor * batch.excess + jnp.expm1(shift)
     log_exp = jnp.log(mean_exp)
     if max_jump is not None:
         highest = jnp.expm1(jnp.asarray(max_jump, dtype))
@@ -214,12 +225,13 @@ def attend(
     entropy = jnp.where(plain, square / 2, entropy)
     chi2 = (batch.square - square) / batch.exp**2
     kl = jnp.maximum(batch.entropy - entropy, 0) / batch.exp
-    # What rounding leaves of sums, and of losses.
-    rounding = 1024 * eps(dtype) * square + (8 * eps(dtype) * batch.baseline / lam) ** 2
+    # What rounding leaves of sums, most of all where V is not there yet, and of losses.
+    rounding = jnp.where(first, 1024, 64) * eps(dtype) * square
+    rounding += (8 * eps(dtype) * batch.baseline / lam) ** 2
     tells = sound & (batch.square - square > rounding)
     out_of_range = jnp.where(silent, ~left, sound & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
-    return jnp.where(plain, 1, scale), new, Divergences(*divs)
+    return jnp.where(fits, jnp.where(plain, 1, scale), jnp.nan), new, Divergences(*divs)
 
 
 def robust_loss(

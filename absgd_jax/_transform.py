@@ -87,7 +87,8 @@ def scale_by_attention(
       ``sums`` is the gradient by the :class:`Sums` that the losses were tilted with, where it is
       not among ``updates`` itself; there it comes back as zeros. Other extra arguments are ignored.
       A batch in which nothing counts has the scale 0 at a finite λ and leaves :math:`V` alone, as
-      does one with a loss that is not finite.
+      does one with a loss that is not finite. Sums that are not those of this state, as after
+      something non-linear in front or with another λ, make the updates NaN.
 
     Raises:
       ValueError: An argument is out of range, or ``sums`` are given twice or are no scalars.

@@ -93,8 +93,8 @@ SUMS = [
     *bad(jax.tree.map(lambda q: jnp.stack([q, q]), SOUND), says="under jax.vmap", got="(2,)"),
     *bad(optax.tree.cast(SOUND, jnp.bfloat16), says="cast params['net']", got="bfloat16"),
     *bad(optax.tree.cast(SOUND, jnp.float16), says="not the sums", got="float16"),
-    *bad(Sums(*[optax.MaskedNode()] * 9), says="pass on the sums", got="MaskedNode()"),
-    *bad(Sums(*[None] * 9), says="zero_sums() where only arrays", got="None"),  # of Equinox
+    *bad(Sums(*[optax.MaskedNode()] * 10), says="pass on the sums", got="MaskedNode()"),
+    *bad(Sums(*[None] * 10), says="zero_sums() where only arrays", got="None"),  # of Equinox
 ]
 ZEROS = [
     *bad(None, {}, PARAMS, says=PASSED, got="0 Sums"),
@@ -355,7 +355,7 @@ class TestMissingSums:
         "mask",
         [
             {"net": {"w": True, "b": False}, "sums": False},
-            {"net": {"w": True, "b": False}, "sums": Sums(*[False] * 9)},
+            {"net": {"w": True, "b": False}, "sums": Sums(*[False] * 10)},
             lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree),  # no scalars
         ],
     )
@@ -363,7 +363,7 @@ class TestMissingSums:
         message = message_of(optax.masked(HEAD, mask), BESIDE)
         assert "the mask or the partition pass on the sums, too" in message
 
-    @pytest.mark.parametrize("of_sums", ["frozen", Sums(*["frozen"] * 9)])
+    @pytest.mark.parametrize("of_sums", ["frozen", Sums(*["frozen"] * 10)])
     def test_in_another_part(self, of_sums):
         parts = {"trained": absgd(0.1, 5.0), "frozen": optax.set_to_zero()}
         tx = optax.partition(parts, {"net": {"w": "trained", "b": "frozen"}, "sums": of_sums})

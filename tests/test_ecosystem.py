@@ -347,7 +347,8 @@ class TestWrappers:
         micro = optax.MultiSteps(tx, 2)
         opt_state = micro.init(PARAMS)
         first, last = (
-            Sums(*(jnp.float32(c) for c in (1, e, e - 1, 0, 0, 0, 0, 0, 0))) for e in (3.0, 5.0)
+            jax.tree.map(jnp.float32, Sums(weight=1, exp=e, excess=e - 1, inverse=1 / LAM))
+            for e in (3.0, 5.0)
         )
         for sums in (first, last):
             _, opt_state = micro.update(PARAMS, opt_state, PARAMS, sums=sums)

@@ -83,7 +83,8 @@ class TestTilt:
         )
         z = (np.float64(BATCHES[0]) - 1.5) / temperature
         expected = [1, np.exp(z), np.expm1(z), np.expm1(z) ** 2, z * np.exp(z) - np.expm1(z), z]
-        expected = [*(np.sum(weights * f) for f in expected), 1.5 * np.sum(weights), 0, 0]
+        told = [1.5 * np.sum(weights), np.sum(weights) / temperature, 0, 0]
+        expected = [*(np.sum(weights * f) for f in expected), *told]
         np.testing.assert_allclose(np.multiply(sums, 2**20), expected, rtol=1e-5)
 
     @pytest.mark.parametrize("temperature", [1e-6, -1e-6, 1.0, -1.0, 1e10, 1e29, np.inf])
@@ -259,6 +260,54 @@ class TestOutOfSight:
         np.testing.assert_allclose(baselines, states.baseline, rtol=1e-4)
         assert np.median(sums[22:] / weights[22:].sum(axis=1)) > 0.99
         assert np.all(sums[22:] > 0.01)
+
+
+class TestSumsThatDoNotFit:
+    """They make the updates NaN, so that training doesn't go on by the wrong weights."""
+
+    @pytest.mark.parametrize("tilted", [0.5, 5.0, -0.5, np.inf])
+    @pytest.mark.parametrize("averaged", [0, 1])
+    def test_tilted_with_another_temperature(self, tilted, averaged):
+        tx, state = scale_by_attention(1.0), state_at(tilted, 1.5, averaged)
+        slopes, sums = slopes_and_sums(jnp.asarray(BATCHES[0]), state)
+        for lam in (1.0, -1.0, np.inf):
+            weights, after = tx.update(
+                slopes, state._replace(temperature=jnp.float32(lam)), sums=sums
+            )
+            if lam == tilted:
+                assert np.all(np.isfinite(weights))
+            else:
+                assert np.all(np.isnan(weights))
+                assert after.baseline == state.baseline
+
+    @pytest.mark.parametrize(
+        "front",
+        [
+            optax.clip(1e-7),
+            optax.scale_by_sign(),
+            optax.scale_by_adam(),
+            optax.add_noise(0.1, 0.0, 0),
+        ],
+        ids=["clip", "sign", "adam", "noise"],
+    )
+    @pytest.mark.usefixtures("users_promotion")
+    def test_behind_something_that_is_not_linear(self, front):
+        params = {"net": jnp.ones(16), "sums": zero_sums()}
+        tx = optax.chain(front, scale_by_attention(0.7))
+        opt_state = tx.init(params)
+
+        def loss_fn(params):
+            return tilt(params["net"] * BATCHES[0], opt_state, params).mean()
+
+        updates, _ = tx.update(jax.grad(loss_fn)(params), opt_state, params)
+        assert np.isnan(updates["net"]).all()
+
+    def test_of_weights_that_are_negative_in_sum(self):
+        tx, state = scale_by_attention(1.0), state_at(1.0)
+        weights = jnp.float32([1, 1, -3, 1.5])
+        losses = jnp.float32([0.1, 0.5, 2, 1])
+        attended, _ = attend(tx, losses, state, lambda x: jnp.sum(weights * x))
+        assert np.isnan(attended).all()
 
 
 class TestOneLossFarAbove:

@@ -7,8 +7,16 @@ import numpy as np
 import optax
 import pytest
 
-from absgd_jax import abadam, absgd, scale_by_attention, Sums, target_ess, tilt
-from absgd_jax import two_stage, zero_sums
+from absgd_jax import (
+    abadam,
+    absgd,
+    scale_by_attention,
+    Sums,
+    target_ess,
+    tilt,
+    two_stage,
+    zero_sums,
+)
 from tests.support.attended import attend, follow, slopes_and_sums
 from tests.support.reference import debiased, divergences, published
 
