@@ -166,15 +166,8 @@ def attend(
     plain, first, most = is_infinite(lam), jnp.equal(state.averaged, 0), bound(dtype)
     batch, counted, sound = means(sums, dtype)
 
-    # What does not fit together was tilted with another λ, has weights that are negative in sum, or
-    # has passed noise or what is not linear. Sums in bfloat16 are as good as 1 %.
-    ours, theirs = inverse(lam), batch.inverse
-    fits = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
-    one = batch.exp - batch.excess
-    fits &= plain | ((batch.exp > 0) & (jnp.abs(one - 1) <= 0.02 * (1 + batch.exp)))
-    fits |= batch.weight == 0
+    fits = _fit(batch, lam)
     sound &= fits
-    mean_exp = jnp.where(sound, batch.exp, 1)
 
     # Losses that were tilted with another V, as by a closure over an older state.
     change = batch.baseline - baseline
@@ -183,7 +176,8 @@ def attend(
     lam = unit(lam, baseline + change)
     shift = jnp.where(plain, 0, jnp.clip(change / lam, -most, most))
     factor = jnp.exp(shift)
-    mean_exp, excess = factor * mean_exp, factor * batch.excess + jnp.expm1(shift)
+    mean_exp = factor * jnp.where(sound, batch.exp, 1)
+    excess = factor * batch.excess + jnp.expm1(shift)
     log_exp = jnp.log(mean_exp)
     if max_jump is not None:
         highest = jnp.expm1(jnp.asarray(max_jump, dtype))
@@ -219,19 +213,41 @@ def attend(
     unsound = jnp.where(counted & ~first, 1, 0).astype(dtype)
     scale = jnp.where(sound, jnp.where(silent, 0, factor / growth), unsound)
 
-    # The divergences of the weights know no V: relative to it they are differences.
-    z = jnp.log1p(jnp.maximum(batch.excess, eps(dtype) - 1))
-    square, entropy = divergences(z, batch.excess)
-    entropy = jnp.where(plain, square / 2, entropy)
-    chi2 = (batch.square - square) / batch.exp**2
-    kl = jnp.maximum(batch.entropy - entropy, 0) / batch.exp
-    # What rounding leaves of sums, most of all where V is not there yet, and of losses.
-    rounding = jnp.where(first, 1024, 64) * eps(dtype) * square
-    rounding += (8 * eps(dtype) * batch.baseline / lam) ** 2
-    tells = sound & (batch.square - square > rounding)
+    chi2, kl = _divergences(batch, lam, plain, first)
+    tells = sound & (chi2 > 0)
     out_of_range = jnp.where(silent, ~left, sound & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
     return jnp.where(fits, jnp.where(plain, 1, scale), jnp.nan), new, Divergences(*divs)
+
+
+def _fit(batch: Sums, lam: jax.Array) -> jax.Array:
+    """Whether the means are of losses that were tilted with λ, if they are of any.
+
+    Weights that are negative in sum, noise, and what is not linear leave none that fit together.
+    Sums that were in bfloat16 are as good as 1 %.
+    """
+    ours, theirs = inverse(lam), batch.inverse
+    same = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
+    one = batch.exp - batch.excess
+    linear = (batch.exp > 0) & (jnp.abs(one - 1) <= 0.02 * (1 + batch.exp))
+    fit: jax.Array = (same & (is_infinite(lam) | linear)) | (batch.weight == 0)
+    return fit
+
+
+def _divergences(
+    batch: Sums, lam: jax.Array, plain: jax.Array, first: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """χ² and KL of the weights, which know no V: relative to it they are differences; 0 if lost."""
+    epsilon = eps(lam.dtype)
+    z = jnp.log1p(jnp.maximum(batch.excess, epsilon - 1))
+    square, entropy = divergences(z, batch.excess)
+    chi2 = batch.square - square
+    kl = batch.entropy - jnp.where(plain, square / 2, entropy)
+    # What rounding leaves of sums, most of all where V is not there yet, and of losses.
+    rounding = jnp.where(first, 1024, 64) * epsilon * square
+    rounding += (8 * epsilon * batch.baseline / lam) ** 2
+    exp = jnp.where(batch.exp > 0, batch.exp, 1)
+    return jnp.where(chi2 > rounding, chi2 / exp**2, 0), jnp.maximum(kl, 0) / exp
 
 
 def robust_loss(
