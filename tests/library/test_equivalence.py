@@ -24,7 +24,7 @@ from tests.support.reference import (
     train_all,
 )
 
-TORCH_FILE = pathlib.Path(__file__).parent / "support" / "torch_trajectories.npz"
+TORCH_FILE = pathlib.Path(__file__).parents[1] / "support" / "torch_trajectories.npz"
 CASES = {"sgd": SGD_CASES, "adam": ADAM_CASES}
 
 

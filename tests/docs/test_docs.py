@@ -13,7 +13,7 @@ import pytest
 
 import absgd_jax
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 REFERENCE, MATHS = ROOT / "docs" / "reference.md", ROOT / "docs" / "maths.md"
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
