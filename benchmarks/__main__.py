@@ -18,12 +18,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks import comparison, longtail, noise, report
-from benchmarks.comparison import Draw, Result, TEMPERATURE, Train
-from benchmarks.config import FROM_1, OR_NONE, POSITIVE
-from benchmarks.datasets import Split
-from benchmarks.methods import Losses, parse
-from benchmarks.training import Images, Task
+from benchmarks import longtail, noise
+from benchmarks.engine import comparison, report
+from benchmarks.engine.comparison import Draw, Result, TEMPERATURE, Train
+from benchmarks.engine.config import FROM_1, OR_NONE, POSITIVE
+from benchmarks.engine.datasets import Split
+from benchmarks.engine.methods import Losses, parse
+from benchmarks.engine.training import Images, Task
 
 EVERY = slice(None)
 # In words, what the other benchmarks call by the name of a flag.

@@ -29,9 +29,17 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from absgd_jax import absgd, robust_loss, Sums, tilt
-from benchmarks import report
-from benchmarks.config import ABOVE_0, fail, FINITE_TEMPERATURE, FROM_1, FROM_2, POSITIVE, read
-from benchmarks.config import Config as BaseConfig
+from benchmarks.engine import report
+from benchmarks.engine.config import (
+    ABOVE_0,
+    fail,
+    FINITE_TEMPERATURE,
+    FROM_1,
+    FROM_2,
+    POSITIVE,
+    read,
+)
+from benchmarks.engine.config import Config as BaseConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -24,11 +24,11 @@ from matplotlib.axes import Axes
 
 from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
-from benchmarks import comparison, report
-from benchmarks.comparison import CLEAN, Draw, of_each, Result, SEEDS, Setting
-from benchmarks.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
-from benchmarks.methods import KNOBS, Loss, must_be_method, parse
-from benchmarks.training import Examples, Task
+from benchmarks.engine import comparison, report
+from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, SEEDS, Setting
+from benchmarks.engine.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
+from benchmarks.engine.methods import KNOBS, Loss, must_be_method, parse
+from benchmarks.engine.training import Examples, Task
 
 RARE = 0.3  # share of the classes that are "few", and "many"
 

@@ -27,12 +27,12 @@ from sklearn.metrics import roc_auc_score
 
 from absgd_jax import losses
 from absgd_jax.data import flip_labels
-from benchmarks import comparison, report
-from benchmarks.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
-from benchmarks.config import FROM_1, Must, OR_NONE, POSITIVE, readable
-from benchmarks.datasets import Split
-from benchmarks.methods import KNOBS, Loss, must_be_method, parse
-from benchmarks.training import Examples, Task
+from benchmarks.engine import comparison, report
+from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
+from benchmarks.engine.config import FROM_1, Must, OR_NONE, POSITIVE, readable
+from benchmarks.engine.datasets import Split
+from benchmarks.engine.methods import KNOBS, Loss, must_be_method, parse
+from benchmarks.engine.training import Examples, Task
 
 KINDS = ("symmetric", "asymmetric", "instance")
 SPREAD = 0.1  # of the rates of instance-dependent noise

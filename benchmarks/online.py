@@ -35,10 +35,10 @@ import numpy as np
 from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
-from benchmarks import datasets, layers, report
-from benchmarks.comparison import near_guess, SEARCH_SEED, SEEDS
-from benchmarks.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
-from benchmarks.config import Config as BaseConfig
+from benchmarks.engine import datasets, layers, report
+from benchmarks.engine.comparison import near_guess, SEARCH_SEED, SEEDS
+from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
+from benchmarks.engine.config import Config as BaseConfig
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -3,8 +3,9 @@
     pip install ".[bench,pod]" && python -m benchmarks.pod
 
 The batch is spread over all devices, and the parameters are on every one. The steps are those of
-benchmarks.steps: each form of ABSGD stands below SGD in that form. `absgd` and `sgd` are jitted on
-global arrays; what the batch normalisation of a ResNet averages over is then the global batch, too.
+benchmarks.engine.steps: each form of ABSGD stands below SGD in that form. `absgd` and `sgd` are
+jitted on global arrays; what the batch normalisation of a ResNet averages over is then the global
+batch, too.
 
 The figures are the compiler's, for one device and one step. A collective is "awaited" if a matrix
 product or a convolution of the step depends on it: one between the forward and the backward pass.
@@ -24,10 +25,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
-from benchmarks import report, steps
-from benchmarks.config import Config as BaseConfig
-from benchmarks.config import fail, FROM_1, read
-from benchmarks.steps import FORMS, Work
+from benchmarks.engine import report, steps
+from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.config import fail, FROM_1, read
+from benchmarks.engine.steps import FORMS, Work
 
 COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 PRODUCTS = {"dot", "convolution"}

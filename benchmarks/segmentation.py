@@ -43,11 +43,11 @@ from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from absgd_jax import abadam, losses, Sums, target_ess, tilt, two_stage
-from benchmarks import comparison, datasets, report
-from benchmarks.comparison import near_guess, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
-from benchmarks.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, read, refusing
-from benchmarks.config import Config as BaseConfig
-from benchmarks.datasets import Split
+from benchmarks.engine import comparison, datasets, report
+from benchmarks.engine.comparison import near_guess, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
+from benchmarks.engine.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, read, refusing
+from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.datasets import Split
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -4,11 +4,11 @@
 
 Of its parts,
 
-    sgd       has every form of ABSGD beside SGD in that form, as benchmarks.steps lists them;
+    sgd       has every form of ABSGD beside SGD in that form, as in benchmarks.engine.steps;
     torch     trains by the authors' PyTorch package, eager and compiled, and by ABSGD here: the
               same network, parameters, examples, order and threads. The package, extra `reference`,
               may be in an environment of its own, whose interpreter is --torch-python;
-    meta      has the algorithms of benchmarks.meta, which learn the weights, beside ABSGD;
+    meta      has the algorithms of benchmarks.engine.meta, which learn the weights, beside ABSGD;
     growth    has softmax of n losses, and value and gradient of their tilted mean, beside a copy
               of them, the update of n parameters beside the same traffic of memory, and the step on
               n devices beside SGD's.
@@ -41,10 +41,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from absgd_jax import scale_by_attention, Sums, tilt, zero_sums
-from benchmarks import meta, models, report, steps
-from benchmarks.config import Config as BaseConfig
-from benchmarks.config import fail, FROM_1, OR_NONE, POSITIVE, read
-from benchmarks.steps import Batch, FORMS, State, Work
+from benchmarks.engine import meta, models, report, steps
+from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.config import fail, FROM_1, OR_NONE, POSITIVE, read
+from benchmarks.engine.steps import Batch, FORMS, State, Work
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

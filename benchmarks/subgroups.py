@@ -31,11 +31,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from absgd_jax import Sums
-from benchmarks import comparison, config, longtail, methods, report
-from benchmarks.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
-from benchmarks.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, OR_NONE, POSITIVE
-from benchmarks.methods import Batch, parse, Parts, Step, Way
-from benchmarks.training import Examples, Images, Task, Trained
+from benchmarks import longtail
+from benchmarks.engine import comparison, config, methods, report
+from benchmarks.engine.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
+from benchmarks.engine.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, OR_NONE, POSITIVE
+from benchmarks.engine.methods import Batch, parse, Parts, Step, Way
+from benchmarks.engine.training import Examples, Images, Task, Trained
 
 # What is chosen from, beside λ; for JTT and early weights a number behind the share of the epochs
 # that the first model is trained for.

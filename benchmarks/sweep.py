@@ -17,12 +17,13 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-from benchmarks import comparison, longtail, noise, report, training
-from benchmarks.comparison import Setting, SGD, TEMPERATURE
-from benchmarks.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
-from benchmarks.methods import KNOBS, must_be_method, parse
+from benchmarks import longtail, noise
+from benchmarks.engine import comparison, report, training
+from benchmarks.engine.comparison import Setting, SGD, TEMPERATURE
+from benchmarks.engine.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
+from benchmarks.engine.methods import KNOBS, must_be_method, parse
+from benchmarks.engine.training import Run, Task, Trained
 from benchmarks.noise import NOISE
-from benchmarks.training import Run, Task, Trained
 
 TIMES = 3  # of one epoch, at once and one after another in turn
 LOSSES = longtail.LOSSES | noise.LOSSES

@@ -39,9 +39,9 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
-from benchmarks import config, layers, report
-from benchmarks.comparison import near_guess, SEARCH_SEED
-from benchmarks.config import (
+from benchmarks.engine import config, layers, report
+from benchmarks.engine.comparison import near_guess, SEARCH_SEED
+from benchmarks.engine.config import (
     BELOW_1,
     FROM_1,
     FROM_2,
@@ -52,7 +52,7 @@ from benchmarks.config import (
     POSITIVE,
     readable,
 )
-from benchmarks.methods import levels
+from benchmarks.engine.methods import levels
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

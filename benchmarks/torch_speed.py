@@ -58,7 +58,7 @@ class Residual(nn.Module):
 
 
 def classifier(model, shape, classes):
-    """As benchmarks.models.Classifier; its parameters have the same names."""
+    """As benchmarks.engine.models.Classifier; its parameters have the same names."""
     height, width, channels = shape
     if model == "mlp":
         blocks = [dense(height * width * channels, 256), dense(256, 128)]

@@ -26,9 +26,9 @@ from sklearn.datasets import make_circles
 
 from absgd_jax import absgd, robust_loss, Sums, tilt, two_stage
 from absgd_jax.data import flip_labels
-from benchmarks import report
-from benchmarks.config import Config as BaseConfig
-from benchmarks.config import FROM_0, read
+from benchmarks.engine import report
+from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.config import FROM_0, read
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from benchmarks import comparison, longtail, noise, sweep, training
+from benchmarks import longtail, noise, sweep
+from benchmarks.engine import comparison, training
 from tests.support.commands import load, run, SMALL, start
 
 

@@ -14,15 +14,11 @@ import pytest
 
 from benchmarks import __main__ as tour
 from benchmarks import (
-    comparison,
-    config,
     convergence,
     longtail,
-    methods,
     noise,
     online,
     pod,
-    report,
     segmentation,
     speed,
     subgroups,
@@ -30,6 +26,7 @@ from benchmarks import (
     tabular,
     toy,
 )
+from benchmarks.engine import comparison, config, methods, report
 from tests.support.commands import load, ROOT, run
 
 # For every constraint, values that break it.
@@ -320,7 +317,7 @@ class TestFolder:
     def test_in_use(self, toy_config):
         """By another process, which ends: then it is free."""
         command = (
-            "import sys; from benchmarks import report, toy; import pathlib\n"
+            "import pathlib, sys; from benchmarks import toy; from benchmarks.engine import report\n"
             "with report.folder(toy.Config(out=pathlib.Path(sys.argv[1]))): pass"
         )
         command = [sys.executable, "-c", command, str(toy_config.out)]

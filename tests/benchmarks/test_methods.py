@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from absgd_jax import scale_by_attention, tilt
-from benchmarks import longtail, meta, methods
-from benchmarks.methods import Batch, Parts
+from benchmarks import longtail
+from benchmarks.engine import meta, methods
+from benchmarks.engine.methods import Batch, Parts
 
 RNG = np.random.default_rng(0)
 X, CLEAN_X = RNG.normal(size=(8, 3)), RNG.normal(size=(5, 3))

@@ -10,8 +10,9 @@ import scipy.optimize
 import scipy.special
 from scipy.stats import truncnorm
 
-from benchmarks import comparison, noise
-from benchmarks.datasets import Split
+from benchmarks import noise
+from benchmarks.engine import comparison
+from benchmarks.engine.datasets import Split
 from benchmarks.noise import LOSSES, METHOD, NOISE
 from tests.support.commands import load
 

@@ -10,7 +10,8 @@ import optax
 import pytest
 
 from absgd_jax.losses import arb
-from benchmarks import layers, online
+from benchmarks import online
+from benchmarks.engine import layers
 from tests.support.commands import load
 
 pytestmark = pytest.mark.usefixtures("users_promotion")

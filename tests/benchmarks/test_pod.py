@@ -7,7 +7,8 @@ import pytest
 from jax import export
 
 from absgd_jax import Sums
-from benchmarks import pod, steps
+from benchmarks import pod
+from benchmarks.engine import steps
 from tests.support import commands
 
 HLO = """HloModule step
@@ -107,5 +108,5 @@ if importlib.util.find_spec("libtpu"):
                 # A product for each parameter, beside the two products for each example.
                 assert result["flops"] <= 1.002 * sgd["flops"]
                 # Hardly the model's: to this compiler every scalar of the update is 512 bytes.
-                assert result["bytes_accessed"] <= 1.015 * sgd["bytes_accessed"]
+                assert result["bytes_accessed"] <= 1.02 * sgd["bytes_accessed"]
                 assert f"{result['memory'] - sgd['memory']:+,}" in table

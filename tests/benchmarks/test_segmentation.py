@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import segmentation
-from benchmarks.datasets import Split
+from benchmarks.engine.datasets import Split
 from benchmarks.segmentation import Config, Setting
 from tests.support.commands import load
 

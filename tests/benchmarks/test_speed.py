@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from absgd_jax import Sums
-from benchmarks import meta, models, speed, steps
-from benchmarks.steps import Batch, FORMS, State, Work
+from benchmarks import speed
+from benchmarks.engine import meta, models, steps
+from benchmarks.engine.steps import Batch, FORMS, State, Work
 from tests.support import commands
 
 QUICKLY = {"xla_backend_optimization_level": 0}  # which the compiler's figures don't depend on

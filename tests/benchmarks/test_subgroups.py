@@ -10,7 +10,7 @@ import pytest
 
 from absgd_jax import scale_by_attention, tilt
 from benchmarks import subgroups
-from benchmarks.methods import Batch, Parts
+from benchmarks.engine.methods import Batch, Parts
 from benchmarks.subgroups import Setting
 from tests.support.commands import load
 

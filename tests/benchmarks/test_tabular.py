@@ -11,7 +11,8 @@ import optax
 import pytest
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, recall_score
 
-from benchmarks import methods, tabular
+from benchmarks import tabular
+from benchmarks.engine import methods
 from benchmarks.tabular import Rule, Setting
 from tests.support.commands import load
 

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from tqdm import tqdm
 
-from benchmarks import comparison, datasets, methods, models, training
+from benchmarks.engine import comparison, datasets, methods, models, training
 from tests.support import reference
 
 pytestmark = pytest.mark.usefixtures("users_promotion")

@@ -24,9 +24,9 @@ import numpy as np
 from tqdm import tqdm
 
 from absgd_jax.data import class_counts
-from benchmarks import config as configuration
-from benchmarks import datasets, report, training
-from benchmarks.config import (
+from benchmarks.engine import config as configuration
+from benchmarks.engine import datasets, report, training
+from benchmarks.engine.config import (
     fail,
     FROM_0,
     FROM_1,
@@ -37,8 +37,8 @@ from benchmarks.config import (
     readable,
     refusing,
 )
-from benchmarks.datasets import Split
-from benchmarks.training import Examples, Images, pick, Run, Task, Trained
+from benchmarks.engine.datasets import Split
+from benchmarks.engine.training import Examples, Images, pick, Run, Task, Trained
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks.steps import Batch, make_state, MOMENTUM, RATE, State, Step, Work
+from benchmarks.engine.steps import Batch, make_state, MOMENTUM, RATE, State, Step, Work
 
 META_RATE, HIDDEN = 1e-3, 100  # of V
 

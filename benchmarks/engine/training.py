@@ -31,10 +31,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from absgd_jax import absgd, diagnostics, get_temperature, target_ess, tilt, two_stage
-from benchmarks import models, report
-from benchmarks.config import ABOVE_0, BELOW_1, fail, FROM_0, FROM_1, NOT_NEGATIVE, OR_NONE, SHARE
-from benchmarks.config import Config as BaseConfig
-from benchmarks.methods import Batch, Method, Parts
+from benchmarks.engine import models, report
+from benchmarks.engine.config import (
+    ABOVE_0,
+    BELOW_1,
+    fail,
+    FROM_0,
+    FROM_1,
+    NOT_NEGATIVE,
+    OR_NONE,
+    SHARE,
+)
+from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.methods import Batch, Method, Parts
 
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -466,7 +475,7 @@ def train_part(
         bar.update(start)
     writers = []
     if config.tensorboard and jax.process_index() == 0:
-        from benchmarks.events import EventFile  # which needs what nothing else does
+        from benchmarks.engine.events import EventFile  # which needs what nothing else does
 
         folders = [config.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
         writers = [EventFile(folder, start) for folder in folders]

@@ -7,7 +7,7 @@ by τ = 1.25, ``cross_entropy+mixup`` trains on mixed images, ``focal+sam:0.1`` 
     sam              Foret et al., ICLR 2021, arXiv 2010.01412; the knob is ρ
     elr              early-learning regularisation, Liu et al., NeurIPS 2020, arXiv 2007.00151; the
                      knob is the coefficient of the regulariser
-    l2rw             learning to reweight; see ``benchmarks.meta``
+    l2rw             learning to reweight; see ``benchmarks.engine.meta``
     meta_weight_net  Meta-Weight-Net, likewise; the knob is the learning rate of its network
     within           losses less the level of their class; see ``levels``
 """
@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import optax
 
 from absgd_jax import robust_loss, Sums
-from benchmarks import meta
-from benchmarks.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, readable, SHARE
+from benchmarks.engine import meta
+from benchmarks.engine.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, readable, SHARE
 
 # Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
 # examples, and whether the second stage of training has begun.

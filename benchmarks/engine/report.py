@@ -18,7 +18,7 @@ import filelock
 import jax
 import numpy as np
 
-from benchmarks.config import Config, fail
+from benchmarks.engine.config import Config, fail
 
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
 DESCRIBED = {"command", "arguments", "machine", "versions"}  # by every config.json of ours

@@ -26,7 +26,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from absgd_jax import absgd, target_ess, tilt, zero_sums
-from benchmarks import models
+from benchmarks.engine import models
 
 IMAGE_SHAPES = {"mlp": (28, 28, 1), "cnn": (28, 28, 1), "resnet32": (32, 32, 3)}
 MODELS = (*IMAGE_SHAPES, "transformer")
