@@ -317,7 +317,9 @@ class TestFolder:
     def test_in_use(self, toy_config):
         """By another process, which ends: then it is free."""
         command = (
-            "import pathlib, sys; from benchmarks import toy; from benchmarks.engine import report\n"
+            "import pathlib, sys\n"
+            "from benchmarks import toy\n"
+            "from benchmarks.engine import report\n"
             "with report.folder(toy.Config(out=pathlib.Path(sys.argv[1]))): pass"
         )
         command = [sys.executable, "-c", command, str(toy_config.out)]
