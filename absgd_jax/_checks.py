@@ -41,14 +41,14 @@ def are_numbers(x: object) -> bool:
 
 def check_number(name: str, x: Any, condition: Condition, remedy: str = "") -> None:
     """Raises unless ``x``, the argument of that name, is a scalar and meets the condition."""
-    sound, must = condition
+    holds, must = condition
     end = f"; {remedy}." if remedy else "."
     if np.shape(x) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(x)}{end}")
     if is_concrete(x):
         if not are_numbers(x):
             raise TypeError(f"{name} must be a number, got {x!r}{end}")
-        if not sound(x):
+        if not holds(x):
             raise ValueError(f"{name} must {must}, got {x}{end}")
 
 

@@ -179,8 +179,8 @@ def _ride_jvp(
     tangents: tuple[jax.Array, Sums, jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
     losses, _, lam, baseline = primals
-    plain, sound, most = is_infinite(lam), jnp.isfinite(losses), bound(losses.dtype)
-    level = jnp.where(sound, losses - baseline, 0) / unit(lam, baseline)
+    plain, finite, most = is_infinite(lam), jnp.isfinite(losses), bound(losses.dtype)
+    level = jnp.where(finite, losses - baseline, 0) / unit(lam, baseline)
     level = jnp.clip(level, -_LARGEST, _LARGEST)
     z, half = (jnp.clip(level, -b, b) for b in (most, most / 2))
     linear = jnp.clip(level, -_LARGE, _LARGE)  # at λ = ±∞ all to leading order
@@ -190,7 +190,7 @@ def _ride_jvp(
     square = jnp.where(plain, linear**2, square)
     entropy = jnp.where(plain, linear**2 / 2, entropy)
     # V and λ are the same for all, so that they are told without a sum's rounding.
-    told = level, baseline, inverse(lam), jnp.where(sound, 0.0, 1.0)
+    told = level, baseline, inverse(lam), jnp.where(finite, 0.0, 1.0)
     terms = 1.0, exp, excess, square, entropy, *told, 0.0
     riding = sum(
         jnp.asarray(f, losses.dtype) * q.astype(losses.dtype)
@@ -198,7 +198,7 @@ def _ride_jvp(
     )
     # To a loss that is far off a slope of exp(-35) may be too much. A sum would lose a smaller one.
     slope = jnp.where(plain, 1, jnp.exp(jnp.clip(level, -2.25 * most, most)))
-    return ride(*primals), jnp.where(sound, slope, 1) * tangents[0] + _FACTOR * riding
+    return ride(*primals), jnp.where(finite, slope, 1) * tangents[0] + _FACTOR * riding
 
 
 def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -214,7 +214,7 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
-    """Of a batch; whether anything counts; and whether that is sound: all losses are finite."""
+    """Of a batch; whether anything counts in it; and whether all losses that count are finite."""
     null = jnp.asarray(sums.null).astype(dtype)
     sums = Sums(*(jnp.asarray(x).astype(dtype) - null for x in sums))
     counted = sums.weight != 0

@@ -164,19 +164,19 @@ def attend(
     dtype = gamma.dtype
     lam, baseline = temperature_and_baseline(state, dtype)
     plain, first, most = is_infinite(lam), jnp.equal(state.averaged, 0), bound(dtype)
-    batch, counted, sound = means(sums, dtype)
+    batch, counted, usable = means(sums, dtype)
 
     fits = _fit(batch, lam)
-    sound &= fits
+    usable &= fits
 
     # Losses that were tilted with another V, as by a closure over an older state.
     change = batch.baseline - baseline
-    changed = sound & (jnp.abs(change) > 64 * eps(dtype) * jnp.abs(baseline))
+    changed = usable & (jnp.abs(change) > 64 * eps(dtype) * jnp.abs(baseline))
     change = jnp.where(changed, change, 0)
     lam = unit(lam, baseline + change)
     shift = jnp.where(plain, 0, jnp.clip(change / lam, -most, most))
     factor = jnp.exp(shift)
-    mean_exp = factor * jnp.where(sound, batch.exp, 1)
+    mean_exp = factor * jnp.where(usable, batch.exp, 1)
     excess = factor * batch.excess + jnp.expm1(shift)
     log_exp = jnp.log(mean_exp)
     if max_jump is not None:
@@ -195,7 +195,7 @@ def attend(
     # V starts again from its mean loss, or moves as always where the bound has cut nothing: where
     # the mean of the exponents is not less than the exponent of the mean.
     mean_loss = baseline + change + lam * batch.level
-    silent, loud = (sound & ~plain & (x > most / 2) for x in (-log_exp, log_exp))
+    silent, loud = (usable & ~plain & (x > most / 2) for x in (-log_exp, log_exp))
     beyond = loud & (log_exp > most - 1) & (batch.level > log_exp + 1)
     averaged = jnp.asarray(state.averaged)
     left = (silent | loud) & (averaged > 0)
@@ -205,17 +205,17 @@ def attend(
     counts = optax.safe_increment(jnp.maximum(averaged, 0))
     counts = jnp.where(lost, 1, jnp.where(left, -1, counts))
     new = state._replace(
-        baseline=jnp.where(sound, jnp.where(plain, followed, moved), baseline),
-        averaged=jnp.where(sound & ~plain, counts, averaged),
+        baseline=jnp.where(usable, jnp.where(plain, followed, moved), baseline),
+        averaged=jnp.where(usable & ~plain, counts, averaged),
     )
 
     # Of losses that are not finite the gradients aren't either, and should show.
-    unsound = jnp.where(counted & ~first, 1, 0).astype(dtype)
-    scale = jnp.where(sound, jnp.where(silent, 0, factor / growth), unsound)
+    unusable = jnp.where(counted & ~first, 1, 0).astype(dtype)
+    scale = jnp.where(usable, jnp.where(silent, 0, factor / growth), unusable)
 
     chi2, kl = _divergences(batch, lam, plain, first)
-    tells = sound & (chi2 > 0)
-    out_of_range = jnp.where(silent, ~left, sound & ~tells & (log_exp > most / 4))
+    tells = usable & (chi2 > 0)
+    out_of_range = jnp.where(silent, ~left, usable & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
     return jnp.where(fits, jnp.where(plain, 1, scale), jnp.nan), new, Divergences(*divs)
 
@@ -228,8 +228,8 @@ def _fit(batch: Sums, lam: jax.Array) -> jax.Array:
     """
     ours, theirs = inverse(lam), batch.inverse
     same = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
-    one = batch.exp - batch.excess
-    linear = (batch.exp > 0) & (jnp.abs(one - 1) <= 0.02 * (1 + batch.exp))
+    error = jnp.abs(batch.exp - batch.excess - 1)  # each exp(z) is 1 + expm1(z)
+    linear = (batch.exp > 0) & (error <= 0.02 * (1 + batch.exp))
     fit: jax.Array = (same & (is_infinite(lam) | linear)) | (batch.weight == 0)
     return fit
 

@@ -154,13 +154,13 @@ def scale_by_attention(
         like = state._replace(temperature=state.baseline)  # whatever kind of number was set there
         lam = clamped(state.temperature).astype(dtype)
         state = state._replace(temperature=lam)
-        newest = jnp.asarray(value_at("gamma", gamma, state.count), dtype)
+        weight = jnp.asarray(value_at("gamma", gamma, state.count), dtype)
         following = value_at("gamma", gamma, state.count + 1)
         if debias or tuned.automatic:
             # 1 - (1-γ)^t, with its digits where γ is small.
             t = jnp.maximum(jnp.asarray(state.averaged, dtype), 0) + 1
-            newest = -newest / jnp.expm1(t * jnp.log1p(-newest))
-        scale, new, divergences = attend(state, sums, newest, max_jump)
+            weight = -weight / jnp.expm1(t * jnp.log1p(-weight))
+        scale, new, divergences = attend(state, sums, weight, max_jump)
         divisor = jnp.asarray(alpha, dtype)
         if not (is_concrete(damping) and damping == 0):
             damped = (lam > 0) & (divergences.chi2 > 0)

@@ -197,7 +197,7 @@ def summary(
     plain = is_infinite(lam)
     batch = tilted_means(losses, lam, where, axis_name)
     weights = jnp.where(plain, 1, jnp.exp(batch.z))
-    weighted = (jnp.asarray(state.averaged) > 0) & ~plain
+    weighted = (jnp.asarray(state.averaged) != 0) & ~plain
     scalars = {
         "mean_loss": batch.mean,
         "robust_loss": batch.robust,
