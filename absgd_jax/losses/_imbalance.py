@@ -220,11 +220,11 @@ def normalized_logits(features: ArrayLike, kernel: ArrayLike) -> jax.Array:
 
 def _normalize(x: jax.Array, axis: int) -> jax.Array:
     # By about the largest first, which has no part in the result: squares leave the range of
-    # floats. So may the inverse of what XLA divides by, which it multiplies by instead: hence a
-    # quarter, for a normal number.
+    # floats. A product, as XLA makes one division of two, by what leaves that range, too; of at
+    # most a quarter of 1 / tiny, as the inverse has to be a normal number.
     tiny = float(np.finfo(x.dtype).tiny)
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), axis=axis, initial=0, keepdims=True))
-    x = x / jnp.where(largest > 0, jnp.clip(largest, tiny, 0.25 / tiny), 1)
+    x = x * (1 / jnp.where(largest > 0, jnp.clip(largest, tiny, 0.25 / tiny), 1))
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     # The root has an infinite derivative at 0, so it must not see a 0.
     return x / jnp.sqrt(jnp.where(squares > 0, squares, 1))
