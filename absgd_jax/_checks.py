@@ -52,6 +52,14 @@ def check_number(name: str, x: Any, condition: Condition, remedy: str = "") -> N
             raise ValueError(f"{name} must {must}, got {x}{end}")
 
 
+def as_given(name: str, x: Any) -> jax.Array | np.ndarray:
+    """``x``, the argument of that name, as an array: JAX's if it is one, else NumPy's."""
+    try:
+        return x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name} must be an array, got {x!r}; give its rows one length.") from None
+
+
 def as_array(name: str, x: ArrayLike) -> jax.Array:
     """``x``, the argument of that name, as an array."""
     try:

@@ -5,9 +5,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from absgd_jax._checks import are_numbers, check_number, Condition, whole_number
+from absgd_jax._checks import are_numbers, as_given, check_number, Condition, whole_number
 from absgd_jax.data._long_tail import check_labels, generator
-from absgd_jax.losses._labels import as_given
 
 
 def flip_labels(

@@ -5,8 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from absgd_jax._checks import are_numbers, check_number, NOT_NEGATIVE, SHARE, whole_number
-from absgd_jax.losses._labels import as_given
+from absgd_jax._checks import are_numbers, as_given, check_number, NOT_NEGATIVE, SHARE, whole_number
 
 
 def class_counts(labels: ArrayLike, num_classes: int) -> NDArray[np.int64]:

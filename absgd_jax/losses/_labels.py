@@ -1,14 +1,13 @@
 """Labels of either kind, integers or distributions: checks, and the loss at a label."""
 
 from collections.abc import Callable, Hashable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from absgd_jax._checks import as_floats, as_mask, is_concrete
+from absgd_jax._checks import as_floats, as_given, as_mask, is_concrete
 from absgd_jax._reduce import psum
 
 
@@ -47,14 +46,6 @@ def canonicalize(
         labels = jnp.where(labels < 0, num_classes, labels)  # out of range, not the last class
         return logits, jnp.where(mask, labels, 0), mask
     return logits, jnp.where(mask[..., None], jnp.asarray(labels, logits.dtype), 0), mask
-
-
-def as_given(name: str, x: Any) -> jax.Array | np.ndarray:
-    """``x``, the argument of that name, as an array: JAX's if it is one, else NumPy's."""
-    try:
-        return x if isinstance(x, jax.Array) else np.asarray(x)
-    except ValueError:
-        raise ValueError(f"{name} must be an array, got {x!r}; give its rows one length.") from None
 
 
 def is_integer(labels: jax.Array | np.ndarray) -> bool:

@@ -10,13 +10,14 @@ from jax.typing import ArrayLike
 from absgd_jax._checks import (
     are_numbers,
     as_floats,
+    as_given,
     check_number,
     Condition,
     DECAY,
     is_concrete,
     whole_number,
 )
-from absgd_jax.losses._labels import as_given, canonicalize, counted, is_integer
+from absgd_jax.losses._labels import canonicalize, counted, is_integer
 
 
 def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> jax.Array:
