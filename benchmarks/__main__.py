@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterator
 from typing import Annotated, NamedTuple
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
@@ -195,11 +194,9 @@ def main() -> None:
     ]
     with comparison.session(config, parts[1].draw, sizes) as trainer:
         results = [run(config, part, images, parts[1].groups, trainer) for part in parts]
-        if jax.process_index() == 0:
-            write(config, *results)
-    if jax.process_index() == 0:
-        print(f"The picture is {config.out / 'tour.png'}. The other benchmarks:\n")
-        print(*benchmarks(), sep="\n")
+        write(config, *results)
+    print(f"The picture is {config.out / 'tour.png'}. The other benchmarks:\n")
+    print(*benchmarks(), sep="\n")
 
 
 if __name__ == "__main__":

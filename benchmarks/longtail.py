@@ -243,8 +243,7 @@ def main() -> None:
         for name, each in told.items():
             task = Task(images, classes, classes, classes, parse(name, LOSSES))
             results += comparison.compare(each, name, task, draw, trainer, choose=chosen)
-            if jax.process_index() == 0:
-                write(config, results)
+            write(config, results)
 
 
 if __name__ == "__main__":

@@ -242,8 +242,7 @@ def main() -> None:
                 compared = comparison.compare(config, f"{noise}-{name}", task, draw, trainer)
                 pairs = [(r._replace(loss=name), find(r, draw)) for r in compared]
                 results[noise.replace(":", " "), name] = pairs
-                if jax.process_index() == 0:
-                    write(config, results)
+                write(config, results)
 
 
 if __name__ == "__main__":

@@ -362,8 +362,7 @@ def main() -> None:
     images = comparison.on_device(c, train, test)
     with comparison.session(c, draw) as trainer:
         results, seen = compare(c, images, draw, trainer)
-        if jax.process_index() == 0:
-            write(c, results, seen)
+        write(c, results, seen)
 
 
 if __name__ == "__main__":

@@ -195,8 +195,7 @@ def main() -> None:
             results[name] = comparison.train_each(
                 config, name, task, config.settings, seeds, draw, trainer
             )
-            if jax.process_index() == 0:
-                write(config, results, times)
+            write(config, results, times)
 
 
 def write(config: Config, results: dict[str, Swept], times: dict[str, Any] | None) -> None:

@@ -10,7 +10,6 @@ A λ is written as it is on the command line; see ``stages``.
 import contextlib
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 import signal
@@ -28,7 +27,6 @@ from benchmarks.engine import config as configuration
 from benchmarks.engine import datasets, report, training
 from benchmarks.engine.config import (
     fail,
-    FROM_0,
     FROM_1,
     INSIDE,
     Must,
@@ -42,7 +40,6 @@ from benchmarks.engine.training import Examples, Images, pick, Run, Task, Traine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from jax.experimental.multihost_utils import sync_global_devices
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
@@ -104,10 +101,6 @@ TEMPERATURE = Must(
     "effective sample size, such as ess0.5 or 0.5:ess-0.7",
     is_temperature,
 )
-ADDRESS = Must(
-    "be HOST:PORT or auto",
-    lambda text: text == "auto" or (":" in text and text.rpartition(":")[2].isdecimal()),
-)
 SEEDS = Must(
     f"be a whole number from 2 to {SEARCH_SEED}, the first seed of the search",
     lambda x: 2 <= x <= SEARCH_SEED,
@@ -134,21 +127,6 @@ class Config(training.Config):
         *("0.5:0.5", "0.5:2", "0.5:5"),
     )
     each: bool = False  # report every λ, at the rate chosen for it, and not the best of them alone
-    # address of process 0, where several processes share the work and --out; or auto, where JAX
-    # knows the cluster
-    coordinator: Annotated[str | None, ADDRESS] = None
-    num_processes: Annotated[int | None, FROM_1] = None  # number of processes, if not auto
-    process_id: Annotated[int | None, FROM_0] = None  # number of this one, from 0, if not auto
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.coordinator not in (None, "auto"):
-            if None in (self.num_processes, self.process_id):
-                raise ValueError("--coordinator HOST:PORT needs --num-processes and --process-id")
-            if self.process_id >= self.num_processes:
-                raise ValueError(
-                    f"--process-id must be less than --num-processes, got {self.process_id}"
-                )
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
@@ -164,10 +142,6 @@ def read(cls: type[AnyConfig], doc: str | None) -> AnyConfig:
 
 def load(config: Config) -> tuple[Split, Split]:
     """Both splits, once the configuration suits the devices."""
-    if config.coordinator == "auto":
-        jax.distributed.initialize()
-    elif config.coordinator:
-        jax.distributed.initialize(config.coordinator, config.num_processes, config.process_id)
     devices, most = config.number_of_devices, jax.device_count()
     if devices > most:
         fail(f"--devices must lie in [1, {most}], got {devices}")
@@ -259,7 +233,6 @@ def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Itera
             f"leaves none of the classes {missing.tolist()}"
         )
     epochs = config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes or ())
-    first = jax.process_index() == 0
 
     def interrupt(*_: Any) -> None:
         print("\nstopping after this epoch; again, at once", file=sys.stderr)
@@ -267,11 +240,8 @@ def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Itera
         signal.signal(signal.SIGINT, before)
 
     with contextlib.ExitStack() as stack:
-        if first:
-            stack.enter_context(report.folder(config))
-        sync_global_devices("the folder is ready")
-        started = json.loads((config.out / "config.json").read_text())["started"]
-        bar = stack.enter_context(tqdm(total=epochs or None, unit="epoch", disable=not first))
+        started = stack.enter_context(report.folder(config))["started"]
+        bar = stack.enter_context(tqdm(total=epochs or None, unit="epoch"))
         before = signal.signal(signal.SIGINT, interrupt)
         try:
             yield functools.partial(training.train, bar=bar, started=started)
@@ -281,8 +251,7 @@ def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Itera
             raise SystemExit(130) from None
         finally:
             signal.signal(signal.SIGINT, before)
-    if first:
-        print((config.out / "table.md").read_text(encoding="utf-8"))
+    print((config.out / "table.md").read_text(encoding="utf-8"))
 
 
 def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:

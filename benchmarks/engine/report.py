@@ -23,7 +23,7 @@ from benchmarks.engine.config import Config, fail
 PACKAGES = ("jax", "jaxlib", "optax", "flax", "numpy", "scikit-learn")
 DESCRIBED = {"command", "arguments", "machine", "versions"}  # by every config.json of ours
 # Arguments that the results don't depend on.
-FREE = {"out", "resume", "checkpoint_every", "tensorboard", "coordinator"}
+FREE = {"out", "resume", "checkpoint_every"}
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:

@@ -26,7 +26,6 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -85,7 +84,6 @@ class Config(BaseConfig):
     at_once: Annotated[int | None, FROM_1] = None
     checkpoint_every: Annotated[float, NOT_NEGATIVE] = 30.0  # seconds between checkpoints
     devices: Annotated[int | None, FROM_1] = None  # to spread a batch over; all, if not given
-    tensorboard: bool = False  # write event files, too
 
     @property
     def runs_at_once(self) -> int:
@@ -212,7 +210,7 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def sharding(config: Config, *axes: str) -> NamedSharding:
-    """Over the devices, of all processes: the leading axis "batch", or nothing."""
+    """Over the devices: the leading axis "batch", or nothing."""
     mesh = jax.make_mesh(
         (config.number_of_devices,),
         ("batch",),
@@ -427,10 +425,9 @@ def train(
             options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
             with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
                 found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
-            if jax.process_index() == 0:
-                report.save_finished(done, started, found)
+            report.save_finished(done, started, found)
         parts.append(Trained(found, found.pop("losses"), found.pop("wrong")))
-        if jax.process_index() == 0 and folder.exists():
+        if folder.exists():
             shutil.rmtree(folder)
     histories, *outcomes = zip(*parts, strict=True)
     history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *histories)
@@ -473,12 +470,6 @@ def train_part(
         state = jax.device_put(state, sharding(config))
         history = [{k: x[i] for k, x in tree["history"].items()} for i in range(start)]
         bar.update(start)
-    writers = []
-    if config.tensorboard and jax.process_index() == 0:
-        from benchmarks.engine.events import EventFile  # which needs what nothing else does
-
-        folders = [config.out / "tensorboard" / f"{name}.{i}" for i in range(len(runs.seed))]
-        writers = [EventFile(folder, start) for folder in folders]
     saved = time.monotonic()
     for epoch in range(start, config.epochs):
         frozen = config.frozen(epoch)
@@ -489,37 +480,24 @@ def train_part(
         history.append(record)
         bar.update()
         log(config, f"{name}, epoch {epoch + 1} of {config.epochs}", record["accuracy"])
-        for i, writer in enumerate(writers):
-            scalars = {tag: of_runs[i] for tag, of_runs in record.items()}
-            for field in ("accuracy", "mass"):
-                each = enumerate(scalars.pop(field))
-                scalars |= {f"{field}/{group}": value for group, value in each}
-            writer.add(epoch, scalars)
-        # The first process decides for all.
-        due = stop.is_set() or time.monotonic() - saved >= config.checkpoint_every
-        stopping, due = broadcast_one_to_all((stop.is_set(), due))
-        if due:
-            for writer in writers:
-                writer.flush()  # what is before the checkpoint is not trained again
+        stopping = stop.is_set()
+        if stopping or time.monotonic() - saved >= config.checkpoint_every:
             tree = {"state": jax.tree.leaves(state), "history": stack(history)}
             save(checkpoints, epoch + 1, tree)
             saved = time.monotonic()
         if stopping:
             raise KeyboardInterrupt
-    for writer in writers:
-        writer.close()
     outcome = program(config.frozen(config.epochs - 1)).outcome(state, runs, images)
     return jax.device_get(outcome) | stack(history)
 
 
 def log(config: Config, event: str, accuracy: np.ndarray) -> None:
     """Adds a line to log.txt, with the accuracies [runs, classes]."""
-    if jax.process_index() == 0:
-        low, mean, high = (f(accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max))
-        line = f"lowest {low:.4f}, mean {mean:.4f}, highest {high:.4f}"
-        with (config.out / "log.txt").open("a", encoding="utf-8") as file:
-            now = datetime.datetime.now()
-            print(f"{now:%Y-%m-%d %H:%M:%S} {event}, accuracies of the runs: {line}", file=file)
+    low, mean, high = (f(accuracy.mean(axis=1)) for f in (np.min, np.mean, np.max))
+    line = f"lowest {low:.4f}, mean {mean:.4f}, highest {high:.4f}"
+    with (config.out / "log.txt").open("a", encoding="utf-8") as file:
+        now = datetime.datetime.now()
+        print(f"{now:%Y-%m-%d %H:%M:%S} {event}, accuracies of the runs: {line}", file=file)
 
 
 def stack(records: list[History]) -> History:

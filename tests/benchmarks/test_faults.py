@@ -193,14 +193,6 @@ def test_full_disk(trainer, whole, stopped):
 
 
 @pytest.mark.slow
-def test_full_disk_of_events(trainer, tmp_path):
-    options = "--tensorboard --checkpoint-every 1000"
-    code, error = trainer.run(tmp_path, *options.split(), limit=2000)
-    assert code == 1, error
-    assert f"--out {tmp_path} can't be written to ([Errno 27] File too large" in error
-
-
-@pytest.mark.slow
 def test_read_only(trainer, whole, stopped):
     before = checkpoint(stopped)
     for folder, code in ((before[0].parent, 1), (stopped, 2)):
