@@ -22,7 +22,7 @@ from benchmarks.engine import comparison, report
 from benchmarks.engine.comparison import Draw, Result, TEMPERATURE, Train
 from benchmarks.engine.config import FROM_1, OR_NONE, POSITIVE
 from benchmarks.engine.datasets import Split
-from benchmarks.engine.methods import Losses, parse
+from benchmarks.engine.methods import parse
 from benchmarks.engine.training import Images, Task
 
 EVERY = slice(None)
@@ -56,7 +56,6 @@ class Part(NamedTuple):
     name: str
     draw: Draw
     groups: int
-    losses: Losses
     temperatures: dict[str, tuple[str, ...]]  # of ABSGD, by loss
 
 
@@ -68,14 +67,12 @@ def make_parts(config: Config, train: Split, test: Split) -> tuple[Part, Part]:
             "wrong labels",
             noise.make_draw(train, test, "symmetric:0.4", None, config.validation),
             2,
-            noise.LOSSES,
             {"cross_entropy": negative, "gce": ()},
         ),
         Part(
             "rare classes",
             longtail.make_draw(*labels, longtail.Config.imbalance, config.validation),
             classes,
-            longtail.LOSSES,
             {"cross_entropy": (), "balanced_softmax": positive},
         ),
     )
@@ -86,7 +83,7 @@ def run(config: Config, part: Part, images: Images, classes: int, train: Train) 
     results = []
     for loss, temperatures in part.temperatures.items():
         told = dataclasses.replace(config, temperatures=temperatures)
-        task = Task(images, classes, part.groups, classes, parse(loss, part.losses))
+        task = Task(images, classes, part.groups, classes, parse(loss))
         name = f"{part.name}-{loss}".replace(" ", "-")
         compared = comparison.compare(told, name, task, part.draw, train)
         results += [result._replace(loss=WORDS[loss]) for result in compared]

@@ -11,69 +11,20 @@ import dataclasses
 import functools
 import pathlib
 import re
-from collections.abc import Callable
 from typing import Annotated, Any
 
-import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
-from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 
-from absgd_jax import losses
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks.engine import comparison, report
 from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, SEEDS, Setting
 from benchmarks.engine.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
-from benchmarks.engine.methods import KNOBS, Loss, must_be_method, parse
+from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.training import Examples, Task
 
 RARE = 0.3  # share of the classes that are "few", and "many"
-
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-def deferred(loss: Loss, beta: float = 0.9999) -> Loss:
-    """The loss, with class-balanced weights in the second stage."""
-
-    def weighted(z, y, n, late):
-        weights = losses.class_balanced_weights(n, beta=beta)
-        return jnp.where(late, weights, 1.0)[y] * loss(z, y, n, late)
-
-    return weighted
-
-
-def cvar_terms(each: jax.Array, share: ArrayLike) -> jax.Array:
-    """Losses whose mean is that of the largest ones, a share of the batch."""
-    count = share * each.size
-    rank = jnp.argsort(jnp.argsort(-each)).astype(each.dtype)
-    return each * jnp.clip(count - rank, 0, 1) * each.size / count
-
-
-def smoothed(z: jax.Array, y: jax.Array, share: float) -> jax.Array:
-    return optax.softmax_cross_entropy(
-        z, optax.smooth_labels(jax.nn.one_hot(y, z.shape[-1]), share)
-    )
-
-
-# Of their knobs.
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "cross_entropy": lambda: lambda z, y, n, late: cross_entropy(z, y),
-    "label_smoothing": lambda share=0.1: lambda z, y, n, late: smoothed(z, y, share),
-    "cvar": lambda share=0.5: lambda z, y, n, late: cvar_terms(cross_entropy(z, y), share),
-    "cb_drw": lambda beta=0.9999: deferred(lambda z, y, n, late: cross_entropy(z, y), beta),
-    "focal": lambda gamma=2.0: lambda z, y, n, late: losses.focal(z, y, gamma=gamma),
-    "ldam_drw": lambda: deferred(lambda z, y, n, late: losses.ldam(z, y, class_counts=n)),
-    # The knob is the τ of logit adjustment.
-    "balanced_softmax": lambda tau=1.0: (
-        lambda z, y, n, late: losses.balanced_softmax(z, y, class_counts=n, tau=tau)
-    ),
-    "arb": lambda: lambda z, y, n, late: losses.arb(z, y),
-    "arb_global": lambda: lambda z, y, n, late: losses.arb(z, y, class_counts=n),
-}
-METHOD = must_be_method(LOSSES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,7 +143,9 @@ def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
             curves.setdefault(f"{r.loss}, {r.optimizer}", [("", sgd)]).append((f"{lam:g}", r))
     figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
     for i, (name, points) in enumerate(curves.items()):
-        sound = [(text, r.accuracy[-1]) for text, r in points if not comparison.diverged(r.trained)]
+        sound = [
+            (text, r.accuracy[-1]) for text, r in points if not comparison.divergences(r.trained)
+        ]
         means = [(a[:, groups(a.shape[1])["few"]].mean(), a.mean(), text) for text, a in sound]
         few, every, texts = zip(*sorted(means), strict=True) if means else ((), (), ())
         style = {"marker": "osD^vXP"[i // 10], "ls": "-" if "ABSGD" in name else "--", "ms": 4}
@@ -241,7 +194,7 @@ def main() -> None:
     sizes = [size for each in told.values() for size in comparison.sizes(each)]
     with comparison.session(config, draw, sizes) as trainer:
         for name, each in told.items():
-            task = Task(images, classes, classes, classes, parse(name, LOSSES))
+            task = Task(images, classes, classes, classes, parse(name))
             results += comparison.compare(each, name, task, draw, trainer, choose=chosen)
             write(config, results)
 

@@ -14,77 +14,23 @@ largest losses, of which as many are taken as labels are wrong.
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from matplotlib.axes import Axes
 from scipy.stats import truncnorm
 from sklearn.metrics import roc_auc_score
 
-from absgd_jax import losses
 from absgd_jax.data import flip_labels
 from benchmarks.engine import comparison, report
 from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
 from benchmarks.engine.config import FROM_1, Must, OR_NONE, POSITIVE, readable
 from benchmarks.engine.datasets import Split
-from benchmarks.engine.methods import KNOBS, Loss, must_be_method, parse
+from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.training import Examples, Task
 
 KINDS = ("symmetric", "asymmetric", "instance")
 SPREAD = 0.1  # of the rates of instance-dependent noise
-cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-
-
-def tempered_softmax(z: jax.Array, t: float) -> jax.Array:
-    """``p = [1 - (t - 1) (z - shift)]^(-1 / (t - 1))``, normalised by the shift, for t > 1."""
-    z = z - jax.lax.stop_gradient(z.max(axis=-1, keepdims=True))
-
-    def p(shift):
-        return (1 - (t - 1) * (z - shift)) ** (-1 / (t - 1))
-
-    def newton(shift):
-        """For sum(p)^(1 - t) = 1, which is linear in the shift where all logits are equal."""
-        total, slope = (x.sum(axis=-1, keepdims=True) for x in (p(shift), p(shift) ** t))
-        return shift + (total**t - total) / ((t - 1) * slope)
-
-    shift = jnp.zeros_like(z[..., :1])
-    for _ in range(4):
-        shift = newton(shift)
-    # The gradient of a step from the solution is that of the implicit function.
-    return p(newton(jax.lax.stop_gradient(shift)))
-
-
-def bi_tempered(t1: float = 0.8, t2: float = 1.2) -> Loss:
-    """Bi-tempered logistic loss, Amid et al., NeurIPS 2019, arXiv 1906.03361."""
-    if not 0 <= t1 < 1 < t2:
-        raise ValueError(f"bi_tempered needs 0 <= t1 < 1 < t2, got {t1} and {t2}")
-
-    def loss(z, y, n, late):
-        p = tempered_softmax(z, t2)
-        right = jnp.take_along_axis(p, y[:, None], axis=-1)[:, 0]
-        log_t1 = (right ** (1 - t1) - 1) / (1 - t1)
-        return -log_t1 - (1 - jnp.sum(p ** (2 - t1), axis=-1)) / (2 - t1)
-
-    return loss
-
-
-# Of their knobs.
-LOSSES: dict[str, Callable[..., Loss]] = {
-    "cross_entropy": lambda: lambda z, y, n, late: cross_entropy(z, y),
-    "sce": lambda: lambda z, y, n, late: losses.symmetric_cross_entropy(z, y),
-    "gce": lambda: lambda z, y, n, late: losses.generalized_cross_entropy(z, y),
-    "truncated_gce": lambda: (
-        lambda z, y, n, late: losses.generalized_cross_entropy(
-            z, y, truncation=jnp.where(late, 0.5, 0.0)
-        )
-    ),
-    "bi_tempered": bi_tempered,
-}
-METHOD = must_be_method(LOSSES)
 
 
 @readable
@@ -238,7 +184,7 @@ def main() -> None:
     with comparison.session(config, draws[config.noise[0]], sizes) as trainer:
         for noise, draw in draws.items():
             for name in config.methods:
-                task = Task(images, classes, 2, classes, parse(name, LOSSES))
+                task = Task(images, classes, 2, classes, parse(name))
                 compared = comparison.compare(config, f"{noise}-{name}", task, draw, trainer)
                 pairs = [(r._replace(loss=name), find(r, draw)) for r in compared]
                 results[noise.replace(":", " "), name] = pairs

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
 from benchmarks.engine import datasets, layers, report
-from benchmarks.engine.comparison import near_guess, SEARCH_SEED, SEEDS
+from benchmarks.engine.comparison import diverged, SEARCH_SEED, SEEDS
 from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
 from benchmarks.engine.config import Config as BaseConfig
 
@@ -184,7 +184,7 @@ def measure(correct: np.ndarray, finite: bool, stream: Stream) -> dict[str, Any]
         "balanced": np.mean(course),
         "whole_stream": mean_recall(correct, stream.labels),
         "rare": 100 * correct[is_rare(stream)].mean(),
-        "diverged": not finite or course[-1] < 100 * near_guess(stream.prior.shape[1]),
+        "diverged": diverged(finite, course[-1] / 100, stream.prior.shape[1]),
         "course": course,
     }
 

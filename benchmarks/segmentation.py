@@ -6,13 +6,13 @@ A scene has images of a data set as objects, which vary in size and brightness a
 texture of noise. Which classes are rare is drawn anew for every seed. The pixels just around an
 object have no label. A small U-Net is trained with these losses of a pixel:
 
-    cross-entropy     with equal weights
-    median-frequency  cross-entropy times a weight of the class, the median of f over its f, which
+    cross_entropy     with equal weights
+    median_frequency  cross-entropy times a weight of the class, the median of f over its f, which
                       is its share of the pixels of the scenes that it is in (Eigen & Fergus 2015,
                       arXiv 1411.4734)
     focal             losses.focal
     dice              cross-entropy, plus the soft Dice loss of the scene
-    balanced-softmax  by the class counts of all pixels to train on
+    balanced_softmax  by the class counts of all pixels to train on
     arb               ARB-Loss: by those of the batch's pixels
 
 each with λ = ∞, a λ, and one that tunes itself, which weight single pixels or, by the mean over its
@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from absgd_jax import abadam, losses, Sums, target_ess, tilt, two_stage
 from benchmarks.engine import comparison, datasets, report
-from benchmarks.engine.comparison import near_guess, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
+from benchmarks.engine.comparison import diverged, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
 from benchmarks.engine.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, read, refusing
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.datasets import Split
@@ -81,12 +81,12 @@ def dice(logits: jax.Array, labels: jax.Array, where: jax.Array) -> jax.Array:
 # Of logits z [B, H, W, C], labels y [B, H, W], their mask m and a prior n.
 Loss = Callable[[jax.Array, jax.Array, jax.Array, Prior], jax.Array]
 LOSSES: dict[str, Loss] = {
-    "cross-entropy": lambda z, y, m, n: cross_entropy(z, y),
-    "median-frequency": lambda z, y, m, n: n.weights[y] * cross_entropy(z, y),
+    "cross_entropy": lambda z, y, m, n: cross_entropy(z, y),
+    "median_frequency": lambda z, y, m, n: n.weights[y] * cross_entropy(z, y),
     "focal": lambda z, y, m, n: losses.focal(z, y, where=m),
     # So that it can be weighted as the others are: the mean over pixels is the sum of the two.
     "dice": lambda z, y, m, n: cross_entropy(z, y) + dice(z, y, m)[:, None, None],
-    "balanced-softmax": lambda z, y, m, n: losses.balanced_softmax(
+    "balanced_softmax": lambda z, y, m, n: losses.balanced_softmax(
         z, y, class_counts=n.counts, where=m
     ),
     "arb": lambda z, y, m, n: losses.arb(z, y, where=m),
@@ -107,7 +107,7 @@ class Config(BaseConfig):
     evaluated: Annotated[int, FROM_1] = 100  # scenes to evaluate on
     objects: Annotated[int, FROM_1] = 10  # in a scene
     imbalance: Annotated[float, ABOVE_0] = 0.01  # objects of the rarest class / most frequent
-    methods: tuple[Literal[*LOSSES], ...] = ("cross-entropy", "arb")  # losses
+    methods: tuple[Literal[*LOSSES], ...] = ("cross_entropy", "arb")  # losses
     epochs: Annotated[int, FROM_1] = 12  # passes over the scenes
     batch_size: Annotated[int, FROM_1] = 4  # scenes a step
     seeds: Annotated[int, SEEDS] = 5  # number of seeds that are reported
@@ -380,7 +380,7 @@ def measure(trained: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, Any
         "background": iou[0],
         "balanced": ious(confusion, np.ones(classes)).mean(),
         "pixels": 100 * confusion.trace() / confusion.sum(),
-        "diverged": not np.isfinite(trained["mean_loss"]).all() or recall < near_guess(classes),
+        "diverged": diverged(np.isfinite(trained["mean_loss"]).all(), recall, classes),
         "iou": iou,
         "predicted": trained["predicted"],
     }

@@ -31,7 +31,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from absgd_jax import Sums
-from benchmarks import longtail
 from benchmarks.engine import comparison, config, methods, report
 from benchmarks.engine.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
 from benchmarks.engine.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, OR_NONE, POSITIVE
@@ -146,7 +145,6 @@ def group_dro(rate: float) -> Way:
     return Way(step, lambda examples, classes, groups: jnp.full(groups, -np.log(groups)))
 
 
-LOSSES = {name: longtail.LOSSES[name] for name in ("cross_entropy", "cvar")}
 WAYS = {"": methods.WAYS[""], "group_dro": group_dro}
 
 
@@ -201,7 +199,7 @@ def train_each(
         """Trains settings that are one program; ``weights`` are those of its runs."""
         if not settings:
             return {}
-        task = Task(images, groups // 2, groups, evaluated, parse(method, LOSSES, WAYS))
+        task = Task(images, groups // 2, groups, evaluated, parse(method, WAYS))
         lams = [s.text if s.method.startswith("ABSGD") else SGD for s in settings]
         tuned = [
             comparison.Setting(lam, s.learning_rate, c.gamma)
@@ -288,8 +286,9 @@ def compare(
         held_out, tested = np.split(accuracy, 2, axis=-1)
         by_epoch = scores(held_out, sizes, rule)
         best = c.epochs - 1 - by_epoch[::-1].argmax(axis=0)  # the last of equals
-        near = tested[-1].mean(axis=-1) < 100 * comparison.near_guess(len(sizes) // 2)
-        diverged = int(np.sum(near | ~np.isfinite(trained.history["mean_loss"]).all(axis=0)))
+        finite = np.isfinite(trained.history["mean_loss"]).all(axis=0)
+        mean = tested[-1].mean(axis=-1) / 100
+        diverged = int(comparison.diverged(finite, mean, len(sizes) // 2).sum())
         stopped = tested[best, np.arange(c.seeds)]
         results.append(Result(rule, setting, tested[-1], stopped, diverged))
     return results, {f"{' '.join(map(str, s))}, {rule}": x for (s, rule), x in seen.items()}

@@ -20,14 +20,12 @@ import numpy as np
 from benchmarks import longtail, noise
 from benchmarks.engine import comparison, report, training
 from benchmarks.engine.comparison import Setting, SGD, TEMPERATURE
-from benchmarks.engine.config import ABOVE_0, fail, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
-from benchmarks.engine.methods import KNOBS, must_be_method, parse
+from benchmarks.engine.config import ABOVE_0, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
+from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.training import Run, Task, Trained
 from benchmarks.noise import NOISE
 
 TIMES = 3  # of one epoch, at once and one after another in turn
-LOSSES = longtail.LOSSES | noise.LOSSES
-METHOD = must_be_method(LOSSES)
 
 Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
@@ -88,7 +86,7 @@ def table(config: Config, results: dict[str, Swept]) -> list[tuple[str, ...]]:
             found = [swept.get(Setting(lam, *column)) for column in config.columns]
             cells = [report.mean_std(final_accuracy(t), ".1f") if t else "" for t in found]
             runs = [t for t in found if t]
-            diverged = sum(map(comparison.diverged, runs))
+            diverged = sum(map(comparison.divergences, runs))
             total = len(runs) * config.seeds
             rows.append((loss, comparison.in_words(lam), *cells, f"{diverged} of {total}"))
     return rows
@@ -173,13 +171,10 @@ def main() -> None:
     classes = int(train.labels.max()) + 1
     if config.noise:
         draw = noise.make_draw(train, test, config.noise, config.examples, config.validation)
-        losses, groups = noise.LOSSES, 2
+        groups = 2
     else:
         draw = longtail.make_draw(train.labels, test.labels, config.imbalance, config.validation)
-        losses, groups = longtail.LOSSES, classes
-    must = must_be_method(losses)
-    if unknown := [name for name in config.methods if not must.holds(name)]:
-        fail(f"--methods must {must.text} here, got {', '.join(unknown)}")
+        groups = classes
     images = comparison.on_device(config, train, test)
 
     programs = list(comparison.programs(config.settings).values())
@@ -188,7 +183,7 @@ def main() -> None:
     sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
     with comparison.session(config, draw, sizes) as trainer:
         for name in config.methods:
-            task = Task(images, classes, groups, classes, parse(name, losses))
+            task = Task(images, classes, groups, classes, parse(name))
             if config.timed and times is None:
                 runs = comparison.make_runs(config, task, programs[0], seeds, draw)
                 times = compare_times(config, task, runs[: config.timed])
@@ -202,7 +197,7 @@ def write(config: Config, results: dict[str, Swept], times: dict[str, Any] | Non
     records: dict[str, Any] = {
         f"{loss} {setting}, rate {setting.learning_rate:g}, γ {setting.gamma:g}": {
             "accuracy": final_accuracy(trained),
-            "diverged": comparison.diverged(trained),
+            "diverged": comparison.divergences(trained),
             "temperature": trained.history["temperature"].T,
         }
         for loss, swept in results.items()

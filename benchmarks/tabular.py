@@ -40,7 +40,7 @@ from tqdm import tqdm
 from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
 from benchmarks.engine import config, layers, report
-from benchmarks.engine.comparison import near_guess, SEARCH_SEED
+from benchmarks.engine.comparison import diverged, SEARCH_SEED
 from benchmarks.engine.config import (
     BELOW_1,
     FROM_1,
@@ -100,15 +100,15 @@ WRONG = {
     "ESS 0.6, within": (ESS(-0.6, 0.2, within=True),),
 }
 LOSSES = {
-    "cross-entropy": lambda z, y, fold: optax.softmax_cross_entropy_with_integer_labels(z, y),
-    "class-balanced": lambda z, y, fold: fold.weight[y] * LOSSES["cross-entropy"](z, y, fold),
-    "balanced softmax": lambda z, y, fold: losses.balanced_softmax(z, y, class_counts=fold.counts),
+    "cross_entropy": lambda z, y, fold: optax.softmax_cross_entropy_with_integer_labels(z, y),
+    "class_balanced": lambda z, y, fold: fold.weight[y] * LOSSES["cross_entropy"](z, y, fold),
+    "balanced_softmax": lambda z, y, fold: losses.balanced_softmax(z, y, class_counts=fold.counts),
     "focal": lambda z, y, fold: losses.focal(z, y),
-    "ARB-Loss": lambda z, y, fold: losses.arb(z, y),
-    "GCE": lambda z, y, fold: losses.generalized_cross_entropy(z, y),
+    "arb": lambda z, y, fold: losses.arb(z, y),
+    "gce": lambda z, y, fold: losses.generalized_cross_entropy(z, y),
 }
 OF_RARE = tuple(LOSSES)[:5]
-OF_WRONG = ("cross-entropy", "balanced softmax", "GCE")
+OF_WRONG = ("cross_entropy", "balanced_softmax", "gce")
 
 
 @readable
@@ -356,7 +356,7 @@ def measure(z: np.ndarray, y: np.ndarray, finite: bool) -> dict[str, Any]:
         "balanced": 100 * np.mean(recalls),
         "precision": 100 * np.mean(precisions),
         "worst": 100 * min(recalls),
-        "near_guess": int(not finite or np.mean(recalls) < near_guess(classes)),
+        "near_guess": int(diverged(finite, np.mean(recalls), classes)),
         "one_class": int(len(np.unique(guess)) == 1),
     }
 

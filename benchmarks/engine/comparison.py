@@ -201,17 +201,19 @@ class Result(NamedTuple):
         return 100 * self.trained.history["accuracy"]
 
 
-def near_guess(classes: int) -> float:
-    """Accuracies below it are next to a guess: below twice its own, less than ten points above."""
-    return 1 / classes + min(1 / classes, 0.1)
+def diverged(finite: np.ndarray | bool, accuracy: np.ndarray | float, classes: int) -> np.ndarray:
+    """Whether losses weren't finite, or the accuracy is next to a guess.
+
+    That is below twice a guess's own, and less than ten points above it.
+    """
+    return ~np.asarray(finite) | (accuracy < 1 / classes + min(1 / classes, 0.1))
 
 
-def diverged(trained: Trained) -> int:
-    """Number of runs whose loss is not finite, or that end next to a guess."""
+def divergences(trained: Trained) -> int:
+    """Number of runs that diverged."""
     finite = np.isfinite(trained.history["mean_loss"]).all(axis=0)
     accuracy = trained.history["accuracy"][-1]
-    near = accuracy.mean(axis=-1) < near_guess(accuracy.shape[-1])
-    return int(np.sum(~finite | near))
+    return int(diverged(finite, accuracy.mean(axis=-1), accuracy.shape[-1]).sum())
 
 
 @contextlib.contextmanager
@@ -373,7 +375,7 @@ def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
         f"{result.setting.learning_rate:g}",
         *(report.mean_std(column, ".1f") for column in columns),
         f"{result.trained.history['effective_sample_size'][-1].mean():.2f}",
-        f"{diverged(result.trained)} of {result.accuracy.shape[1]}",
+        f"{divergences(result.trained)} of {result.accuracy.shape[1]}",
     )
 
 
@@ -392,7 +394,7 @@ def record(result: Result) -> dict[str, Any]:
             {**setting._asdict(), "class_accuracy": 100 * scores}
             for setting, scores in result.validation.items()
         ],
-        "diverged": diverged(result.trained),
+        "diverged": divergences(result.trained),
         "class_accuracy": result.accuracy[-1],  # [seeds, classes]
         "accuracy": result.accuracy.mean(axis=2).T,  # [seeds, epochs]
         "mass": history["mass"].mean(axis=1),  # [epochs, groups]

@@ -23,10 +23,8 @@ import optax
 from absgd_jax import robust_loss, Sums
 from benchmarks.engine import meta
 from benchmarks.engine.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, readable, SHARE
+from benchmarks.engine.losses import Loss, LOSSES
 
-# Per-example losses [B] of logits z [B, C], labels y, the class counts n [C] of the training
-# examples, and whether the second stage of training has begun.
-Loss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 TARGET_DECAY = 0.7  # of the moving average that elr keeps of an example's predictions
 
 
@@ -172,28 +170,20 @@ WAYS: dict[str, Callable[..., Way]] = {
     "within": lambda: Way(within),
 }
 
-Losses = Mapping[str, Callable[..., Loss]]  # by name, each a function of its knob
 
-
-def parse(text: str, losses: Losses, ways: Mapping[str, Callable[..., Way]] = WAYS) -> Method:
+def parse(text: str, ways: Mapping[str, Callable[..., Way]] = WAYS) -> Method:
     (loss, *knob), (way, *way_knob) = (part.split(":") for part in text.partition("+")[::2])
     return Method(
-        losses[loss](*map(float, knob)),
+        LOSSES[loss](*map(float, knob)),
         ways[way](*map(float, way_knob)),
         normalized=loss == "ldam_drw",
     )
 
 
-def must_be_method(losses: Losses) -> Must:
-    """What a flag that names a method has to be."""
-
-    @readable
-    def holds(text: str) -> bool:
-        return bool(parse(text, losses))
-
-    ways = ", ".join(filter(None, WAYS))
-    return Must(f"be LOSS[:KNOB][+WAY[:KNOB]] of {', '.join(losses)}; and of {ways}", holds)
-
+METHOD = Must(
+    f"be LOSS[:KNOB][+WAY[:KNOB]] of {', '.join(LOSSES)}; and of {', '.join(filter(None, WAYS))}",
+    readable(lambda text: bool(parse(text))),
+)
 
 # Of knobs; those of the others must be 0 or more and finite.
 RANGES = {"mixup": POSITIVE, "cvar": ABOVE_0, "label_smoothing": SHARE, "cb_drw": SHARE}

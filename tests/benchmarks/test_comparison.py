@@ -193,7 +193,7 @@ def test_diverged():
 
     def of(accuracy, loss=1.0):
         history = {"mean_loss": np.full((3, 1), loss), "accuracy": np.array([[accuracy]])}
-        return comparison.diverged(training.Trained(history, None, None))
+        return comparison.divergences(training.Trained(history, None, None))
 
     assert of([1.0] + [0.0] * 9) == of([0.1] * 9 + [0.9]) == 1
     assert of([0.3] * 10) == 0

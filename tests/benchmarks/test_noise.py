@@ -13,7 +13,9 @@ from scipy.stats import truncnorm
 from benchmarks import noise
 from benchmarks.engine import comparison
 from benchmarks.engine.datasets import Split
-from benchmarks.noise import LOSSES, METHOD, NOISE
+from benchmarks.engine.losses import LOSSES
+from benchmarks.engine.methods import METHOD
+from benchmarks.noise import NOISE
 from tests.support.commands import load
 
 RNG = np.random.default_rng(0)

@@ -102,7 +102,7 @@ def test_losses():
         a, b = p[i][scene], one_hot[i][scene]
         overlap.append(np.mean((2 * (a * b).sum(axis=0) + 1) / ((a + b).sum(axis=0) + 1)))
     expected = {
-        "median-frequency": weights[LABELS] * CROSS_ENTROPY,
+        "median_frequency": weights[LABELS] * CROSS_ENTROPY,
         "dice": CROSS_ENTROPY + (1 - np.array(overlap))[:, None, None],
     }
     y = np.maximum(LABELS, 0).astype(np.int32)
@@ -133,7 +133,7 @@ def test_first_step(net, unit):
     """Adam's first moment is a tenth of the weighted gradient."""
     graph, params = net
     x = np.float32(np.random.default_rng(1).normal(size=(2, 8, 8, 1)))
-    program = segmentation.Program(graph, "cross-entropy", unit, False, 10)
+    program = segmentation.Program(graph, "cross_entropy", unit, False, 10)
     numbers = np.float32(0.01), np.float32(0.7), np.int32(0)
     run = segmentation.Run(*numbers, segmentation.make_prior(LABELS, 3))
     there, y = LABELS >= 0, np.maximum(LABELS, 0).astype(np.int32)
@@ -183,7 +183,7 @@ def test_measure():
     assert segmentation.measure(guess, np.array([3, 1]))["diverged"]
 
 
-SMALL = "--methods cross-entropy arb --scenes 4 --evaluated 1 --seeds 2 --search-seeds 2"
+SMALL = "--methods cross_entropy arb --scenes 4 --evaluated 1 --seeds 2 --search-seeds 2"
 GRIDS = "--learning-rates 0.1 0.7 0.3 --pixel-temperatures 5 9 0.5:ess0.9 --scene-temperatures 3 2"
 
 
@@ -272,7 +272,7 @@ def test_training():
     drawn = segmentation.draw(config, *splits, seed=0)
 
     def train(lam, epochs):
-        setting = Setting("cross-entropy", "pixel", lam, 0.01)
+        setting = Setting("cross_entropy", "pixel", lam, 0.01)
         return segmentation.train(dataclasses.replace(config, epochs=epochs), setting, 0, drawn)
 
     plain, again, flat = (train(lam, 4) for lam in ("inf", "inf", "1e9"))

@@ -167,7 +167,7 @@ def test_replay():
     table = tabular.load("wine", None)
     features = jnp.asarray(table.x)
     folds, _ = tabular.make_folds(CONFIG, "wine:0.2", table, 0)
-    setting = Setting("balanced softmax", "SGD", Rule(math.inf), 0.05, 0.01)
+    setting = Setting("balanced_softmax", "SGD", Rule(math.inf), 0.05, 0.01)
     [found] = tabular.evaluate(CONFIG, table, folds, [(setting, 9)])
 
     keys = jax.random.split(jax.random.key(9), 2)
