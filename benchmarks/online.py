@@ -9,10 +9,10 @@ At time t in [0, 1) of a stream the share of class c is
 where the ranks r_c are drawn anew for every seed: each class goes from most frequent to rarest and
 back, each at its own time. The losses are balanced softmax, and differ in the class counts alone:
 
-    cross-entropy  equal ones
+    cross_entropy  equal ones
     stale prior    the mean of p over the first tenth of the stream
     running        losses.running_counts
-    ARB-Loss       the counts of the batch
+    arb            the counts of the batch
     true prior     p, which is not known in practice
 
 Balanced accuracy is the mean recall of the classes within a tenth of the stream, averaged over the
@@ -44,7 +44,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
-LOSSES = ("cross-entropy", "stale prior", "running", "ARB-Loss", "true prior")
+LOSSES = ("cross_entropy", "stale prior", "running", "arb", "true prior")
 OPTIMIZERS = ("SGD", "ABSGD", "ABSGD, automatic")
 RARE = 0.3  # share of the classes that are rare at a time
 TENTHS = 10
@@ -134,14 +134,14 @@ def class_counts(setting: Setting, streams: Stream, n: int) -> jax.Array:
     """What each batch of n is learnt by, [seeds, steps, C]."""
     seeds, examples, classes = streams.prior.shape
     prior = streams.prior.reshape(seeds, -1, n, classes).mean(axis=2)
-    if setting.loss == "cross-entropy":
+    if setting.loss == "cross_entropy":
         return np.ones_like(prior)
     if setting.loss == "true prior":
         return prior
     if setting.loss == "stale prior":
         stale = streams.prior[:, : -(-examples // TENTHS)].mean(axis=1, keepdims=True)
         return np.broadcast_to(stale, prior.shape)
-    decay = 0.0 if setting.loss == "ARB-Loss" else math.exp(-n / setting.memory)
+    decay = 0.0 if setting.loss == "arb" else math.exp(-n / setting.memory)
     return running(streams.labels.reshape(seeds, -1, n), np.zeros(classes, np.float32), decay)
 
 

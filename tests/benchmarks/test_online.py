@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("users_promotion")
 
 LABELS = np.repeat(np.arange(10), 30)
 CONFIG = online.Config(examples=320, batch_sizes=(16,))
-ONE = online.Setting("cross-entropy", "SGD", 0.1, math.inf, None)
+ONE = online.Setting("cross_entropy", "SGD", 0.1, math.inf, None)
 
 
 def stack(*streams):
@@ -70,7 +70,7 @@ class TestClassCounts:
     def test_arb(self, streams):
         logits = jax.random.normal(jax.random.key(0), (16, 10))
         labels = streams.labels[1].reshape(-1, 16)[3]
-        counts = self.counts(streams, "ARB-Loss")[1, 3]
+        counts = self.counts(streams, "arb")[1, 3]
         by_counts = online.losses.balanced_softmax(logits, labels, class_counts=counts)
         np.testing.assert_allclose(by_counts, arb(logits, labels), rtol=1e-6)
 
@@ -185,7 +185,7 @@ def test_table(run, tmp_path, monkeypatch, capsys):
     assert "\n".join(table) == capsys.readouterr().out.strip()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:]]
     assert len(cells) == len(results) == 15
-    plain = results["16 cross-entropy SGD"]
+    plain = results["16 cross_entropy SGD"]
     for row, record in zip(cells, results.values(), strict=True):
         assert row[3] == "0.7"
         assert [c["learning_rate"] for c in record["validation"]] == [0.1, 0.7, 0.3]
