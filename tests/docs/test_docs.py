@@ -15,7 +15,8 @@ import absgd_jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 REFERENCE, MATHS = ROOT / "docs" / "reference.md", ROOT / "docs" / "maths.md"
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "benchmarks" / "README.md"]
+BENCHMARKS, RESULTS = ROOT / "benchmarks" / "README.md", ROOT / "docs" / "results"
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md"), BENCHMARKS]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
 PUBLIC = [absgd_jax, absgd_jax.losses, absgd_jax.diagnostics, absgd_jax.data]
@@ -77,6 +78,13 @@ def test_links(page):
             target = (page.parent / path).resolve() if path else page
             assert target.exists(), link
             assert not anchor or anchor in headings(target), link
+
+
+def test_benchmarks_lists_every_page_of_results():
+    listed = re.findall(
+        r"^\| \[.*?\]\(\.\./docs/results/(\w+)\.md\) \|", BENCHMARKS.read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(page.stem for page in RESULTS.glob("*.md"))
 
 
 def test_maths_points_to_code_that_exists():
