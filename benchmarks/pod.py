@@ -1,6 +1,7 @@
-"""What a step of ABSGD adds to one of SGD on a TPU pod, compiled ahead of time: no TPU is needed.
+"""What a step of ABSGD adds to one of SGD on a pod, compiled ahead of time: no device is needed.
 
     pip install ".[bench,pod]" && python -m benchmarks.pod
+    pip install ".[bench,gpu-aot]" && python -m benchmarks.pod --topologies h100:1x8 h100:32x8
 
 The batch is spread over all devices, and the parameters are on every one. The steps are those of
 benchmarks.engine.steps: each form of ABSGD stands below SGD in that form. `absgd` and `sgd` are
@@ -9,6 +10,9 @@ batch, too.
 
 The figures are the compiler's, for one device and one step. A collective is "awaited" if a matrix
 product or a convolution of the step depends on it: one between the forward and the backward pass.
+A "launch" is an operation of the step: on a GPU a kernel, a copy, a collective or a call of a
+library; a TPU is launched once, and works through them. Of FLOPs and bytes accessed the compiler
+for GPUs says nothing.
 """
 
 import collections
@@ -31,11 +35,44 @@ from benchmarks.engine.config import fail, FROM_1, read
 from benchmarks.engine.steps import FORMS, Work
 
 COLLECTIVES = {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
-PRODUCTS = {"dot", "convolution"}
+PRODUCTS = r'(dot|convolution)\(|custom-call\(.*custom_call_target="__cu(blas|dnn)'
+INSTRUCTION = re.compile(r" +(?:ROOT )?%([\w.-]+) = (.*?) (([\w-]+)\((.*))")
+# Operations that only name what is there.
+NAMING = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+NAMING |= {"partition-id", "replica-id"}
+COSTS = "flops", "bytes_accessed"
 HEAD = (
     *("model", "topology", "devices", "step", "collectives", "bytes in them", "awaited"),
-    *("memory, bytes", "FLOPs", "bytes accessed"),
+    *("launches", "memory, bytes", "FLOPs", "bytes accessed"),
 )
+# GPUs, as XLA's GpuTargetConfigProto. TPUs are known to their compiler by name.
+GPUS = {
+    "h100": """
+        platform_name: "CUDA"
+        device_description_str: "NVIDIA H100 80GB HBM3"
+        dnn_version_info { major: 9 minor: 8 }
+        gpu_device_info {
+            cuda_compute_capability { major: 9 }
+            core_count: 132
+            fpus_per_core: 128
+            clock_rate_ghz: 1.98
+            device_memory_size: 84978434048
+            memory_bandwidth: 3352320000000
+            l2_cache_size: 52428800
+            shared_memory_per_core: 233472
+            shared_memory_per_block: 49152
+            shared_memory_per_block_optin: 232448
+            registers_per_core_limit: 65536
+            registers_per_block_limit: 65536
+            threads_per_core_limit: 2048
+            threads_per_block_limit: 1024
+            threads_per_warp: 32
+            block_dim_limit_x: 2147483647
+            block_dim_limit_y: 65535
+            block_dim_limit_z: 65535
+        }
+    """
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +81,7 @@ class Config(BaseConfig):
 
     out: pathlib.Path = pathlib.Path("out/pod")  # folder to write to
     models: tuple[Literal[*steps.MODELS], ...] = ("mlp", "resnet32")  # to compile
-    # as XLA names them
+    # of TPUs as XLA names them, of GPUs as h100:HOSTSxGPUS
     topologies: tuple[str, ...] = ("v5e:4x4", "v5e:16x16", "tpu7x:16x24x24")
     # of ABSGD, beside SGD
     forms: tuple[Literal[*FORMS], ...] = ("shard_map", "shard_map_automatic", "absgd")
@@ -69,12 +106,12 @@ def collectives(hlo: str) -> list[Collective]:
         if head := re.match(r"(?:ENTRY )?%([\w.-]+) \(.*\{$", line):
             computation = head[1]
             held[computation] = set()
-        elif parsed := re.match(r" +(?:ROOT )?%([\w.-]+) = (.*?) ([\w-]+)\((.*)", line):
-            name, shape, opcode, rest = parsed.groups()
+        elif parsed := INSTRUCTION.match(line):
+            name, shape, operation, opcode, rest = parsed.groups()
             operands, _, attributes = rest.partition("), ")
             called = held.keys() & set(re.findall(r"%([\w.-]+)", attributes))
             before = set().union(*(depends.get(o, ()) for o in re.findall(r"%([\w.-]+)", operands)))
-            if opcode in PRODUCTS or called & multiplying:
+            if re.match(PRODUCTS, operation) or called & multiplying:
                 awaited |= before
                 multiplying.add(computation)
             here = set().union(*(held[c] for c in called))
@@ -84,6 +121,13 @@ def collectives(hlo: str) -> list[Collective]:
             held[computation] |= here
             depends[name] = before | here
     return [c._replace(awaited=i in awaited) for i, c in enumerate(found)]
+
+
+def launches(hlo: str) -> int:
+    """Operations of a compiled module's entry, each of which does something."""
+    entry = hlo.partition("\nENTRY ")[2].partition("\n}")[0]
+    opcodes = [parsed[4] for line in entry.splitlines() if (parsed := INSTRUCTION.match(line))]
+    return sum(not (opcode in NAMING or opcode.endswith("-done")) for opcode in opcodes)
 
 
 def size(shape: str) -> int:
@@ -111,12 +155,14 @@ def prepare(work: Work, form: str, mesh: Mesh, rows: int) -> tuple[Any, ...]:
 def measure(work: Work, form: str, mesh: Mesh, rows: int) -> dict[str, Any]:
     step, *inputs = prepare(work, form, mesh, rows)
     compiled = step.lower(*inputs).compile()
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    hlo, memory = compiled.as_text(), compiled.memory_analysis()
+    cost = compiled.cost_analysis() or {}  # of a GPU
     return {
-        "collectives": [c._asdict() for c in collectives(compiled.as_text())],
+        "collectives": [c._asdict() for c in collectives(hlo)],
+        "launches": launches(hlo),
         "memory": memory.argument_size_in_bytes + memory.temp_size_in_bytes,
-        "flops": cost["flops"],
-        "bytes_accessed": cost["bytes accessed"],
+        "flops": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
     }
 
 
@@ -125,25 +171,31 @@ def as_row(result: dict[str, Any], sgd: dict[str, Any]) -> tuple[str, ...]:
     found = result["collectives"]
     kinds = collections.Counter(c["kind"] for c in found)
     if result is sgd:
-        figures = f"{sgd['memory']:,}", f"{sgd['flops']:.4e}", f"{sgd['bytes_accessed']:.4e}"
+        counts = (f"{sgd[k]:,}" for k in ("launches", "memory"))
+        costs = (f"{sgd[k]:.4e}" for k in COSTS if sgd[k])
     else:
-        ratios = (result[k] / sgd[k] - 1 for k in ("flops", "bytes_accessed"))
-        more = result["memory"] - sgd["memory"]
-        figures = f"{more:+,}", *(f"{100 * ratio:+.4f} %" for ratio in ratios)
+        counts = (f"{result[k] - sgd[k]:+,}" for k in ("launches", "memory"))
+        costs = (f"{100 * (result[k] / sgd[k] - 1):+.4f} %" for k in COSTS if sgd[k])
     return (
         *(str(result[k]) for k in ("model", "topology", "devices", "step")),
         ", ".join(f"{n} {kind}" for kind, n in kinds.items()),
         f"{sum(c['bytes'] for c in found):,}",
         str(sum(c["awaited"] for c in found)),
-        *figures,
+        *counts,
+        *(list(costs) or ["-"] * len(COSTS)),
     )
 
 
 def make_mesh(topology: str) -> Mesh:
+    kind, _, shape = topology.partition(":")
+    known: dict[str, Any] = {"platform": "tpu", "topology_name": topology}
+    if kind in GPUS:
+        known = {"platform": "cuda", "topology_name": "", "topology": f"1x{shape}"}
+        known["target_config"] = GPUS[kind]
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:  # of what kind depends on the version of libtpu
-        fail(f"--topologies must be known to the TPU's compiler, got {topology}: {error}")
+        devices = topologies.get_topology_desc(**known).devices
+    except Exception as error:  # of what kind depends on the version of the compiler
+        fail(f"--topologies must be known to the compiler, got {topology}: {error}")
     return steps.make_mesh(devices)
 
 

@@ -34,7 +34,8 @@ ENTRY %main (x: bf16[8,4], w: bf16[4], c: f32[]) -> f32[] {
   %product = bf16[8]{0:T(8)(2,1)} fusion(%x, %scaled), kind=kOutput, calls=%multiply
   %start = (bf16[8]{0}, pred[], /*index=2*/s32[2]{0}) all-reduce-start(%product, %c, %c)
   %done = (bf16[8]{0}, pred[], s32[2]{0}) all-reduce-done(%start)
-  ROOT %gather = f32[16]{0} all-gather(%c), dimensions={0}
+  %gather = f32[16]{0} all-gather(%c), dimensions={0}
+  ROOT %gemm = (f32[16]{0}, s8[0]{0}) custom-call(%gather, %c), custom_call_target="__cublas$gemm"
 }
 """
 
@@ -46,8 +47,12 @@ def test_collectives_of_a_module():
     assert pod.collectives(HLO) == [
         ("all-reduce", 4, True),
         ("all-reduce", 8 * 2 + 1 + 2 * 4, False),
-        ("all-gather", 16 * 4, False),
+        ("all-gather", 16 * 4, True),
     ]
+
+
+def test_launches_of_a_module():
+    assert pod.launches(HLO) == 6  # two fusions, three collectives, and a call of cuBLAS
 
 
 @pytest.mark.usefixtures("users_promotion")
@@ -110,3 +115,21 @@ if importlib.util.find_spec("libtpu"):
                 # Hardly the model's: to this compiler every scalar of the update is 512 bytes.
                 assert result["bytes_accessed"] <= 1.02 * sgd["bytes_accessed"]
                 assert f"{result['memory'] - sgd['memory']:+,}" in table
+
+
+# The GPU's compiler comes with the extra "gpu-aot".
+if importlib.util.find_spec("jax_cuda12_plugin"):
+
+    def test_gpu(tmp_path):
+        options = ["--models", "mlp", "--topologies", "h100:1x8"]
+        options += ["--forms", "shard_map", "shard_map_automatic", "absgd", "automatic"]
+        done = commands.run("benchmarks.pod", "--out", tmp_path, *options)
+        assert done.returncode == 0, done.stderr_text
+        results = {result["step"]: result for result in commands.load(tmp_path).values()}
+        for form, result in results.items():
+            assert result["devices"] == 8
+            found = result["collectives"]
+            assert [(c["kind"], c["awaited"]) for c in found] == [("all-reduce", False)]
+            sgd = results[steps.FORMS.get(form, form)]
+            assert result["launches"] - sgd["launches"] <= 25
+            assert result["memory"] - sgd["memory"] <= 2**20
