@@ -6,10 +6,12 @@ import inspect
 import pathlib
 import pkgutil
 import re
+import shlex
 
 import jax
 import jax.numpy as jnp
 import pytest
+import tyro
 
 import absgd_jax
 
@@ -85,6 +87,19 @@ def test_benchmarks_lists_every_page_of_results():
         r"^\| \[.*?\]\(\.\./docs/results/(\w+)\.md\) \|", BENCHMARKS.read_text(), re.MULTILINE
     )
     assert sorted(listed) == sorted(page.stem for page in RESULTS.glob("*.md"))
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.glob("*.md")), ids=name_of)
+def test_commands_are_understood(page):
+    """The benchmarks take every flag and value; and no page is without a command."""
+    blocks = re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    commands = "".join(blocks).replace("\\\n", "").splitlines()
+    assert commands
+    for command in commands:
+        python, m, module, *flags = shlex.split(command)
+        assert (python, m) == ("python", "-m")
+        module = "benchmarks.__main__" if module == "benchmarks" else module
+        tyro.cli(importlib.import_module(module).Config, args=flags)
 
 
 def test_maths_points_to_code_that_exists():
