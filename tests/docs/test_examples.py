@@ -1,14 +1,27 @@
 """The examples run, and reach at a small size what they say of a large one."""
 
 import re
+import socket
 import sys
 
 import matplotlib.image
 import pytest
 
 from examples import data_parallel, language_model, linen_trainstate, long_tail, noisy_labels
+from tests.support import commands
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
+
+
+def numbers(printed):
+    """Those of each line, but for what JAX's collectives on CPUs print."""
+    lines = [line for line in printed.splitlines() if not line.startswith("[Gloo]")]
+    return [[float(x) for x in re.findall(r"\d+\.?\d*(?:e-?\d+)?", line)] for line in lines]
+
+
+def start(*args):
+    """data_parallel, as a process of two devices."""
+    return commands.start("examples.data_parallel", *args, JAX_NUM_CPU_DEVICES="2")
 
 
 @pytest.fixture
@@ -18,8 +31,7 @@ def run(monkeypatch, capsys):
     def run(example, flags):
         monkeypatch.setattr(sys, "argv", ["example", *flags.split()])
         example.main()
-        lines = capsys.readouterr().out.splitlines()
-        return [[float(x) for x in re.findall(r"\d+\.?\d*(?:e-?\d+)?", line)] for line in lines]
+        return numbers(capsys.readouterr().out)
 
     return run
 
@@ -60,8 +72,64 @@ def test_language_model(run, monkeypatch):
     assert min(areas) > 0.55  # by chance 0.5
 
 
-def test_data_parallel(run):
-    devices, accuracy, difference = run(data_parallel, "--steps 20")
-    assert devices == [8]
-    assert accuracy[0] > 70
-    assert 0 < difference[0] < 1e-5  # other sums, but for rounding the same
+class TestDataParallel:
+    def test_several_processes_are_one(self, run):
+        """Two, of two devices each, print what one of eight devices does."""
+        (devices, processes), *one = run(data_parallel, "--steps 20")
+        assert (devices, processes) == (8, 1)
+        (loss, lam), (accuracy,), (difference,) = one
+        assert accuracy > 70
+        assert 0 < difference < 1e-5  # other sums, but for rounding the same
+
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+        flags = f"--steps 20 --coordinator {address} --num-processes 2 --process-id"
+        both = [start(*flags.split(), i) for i in range(2)]
+        (first, _), (second, _) = ends = [process.communicate(timeout=300) for process in both]
+        assert [process.returncode for process in both] == [0, 0], ends
+        (devices, processes), *two = numbers(first)
+        assert (devices, processes) == (4, 2)
+        (loss_of_two, lam_of_two), (accuracy_of_two,), (difference_of_two,) = two
+        assert loss_of_two == pytest.approx(loss, rel=1e-5)
+        assert lam_of_two == pytest.approx(lam, rel=1e-5)
+        assert accuracy_of_two == accuracy
+        assert 0 < difference_of_two < 1e-5
+        assert numbers(second) == []
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (
+                "--coordinator here:1",
+                "--coordinator here:1 needs --num-processes and --process-id: give all three",
+            ),
+            (
+                "--coordinator here:1 --num-processes 2",
+                "--coordinator here:1 needs --process-id: give all three, or none",
+            ),
+            ("--process-id 1", "--process-id 1 needs --coordinator HOST:PORT, got None: give that"),
+            (
+                "--coordinator auto --num-processes 2",
+                "--num-processes 2 needs --coordinator HOST:PORT, got auto: give that, or",
+            ),
+            (
+                "--coordinator here --num-processes 2 --process-id 0",
+                "--coordinator must be HOST:PORT of process 0, or auto, got here",
+            ),
+            (
+                "--coordinator here:1 --num-processes 2 --process-id 2",
+                "got --num-processes 2 --process-id 2: count from 0",
+            ),
+            ("--batch-size 100", "--batch-size must be a multiple of the 8 devices, got 100"),
+            ("--steps 0", "--steps must be at least 1, got 0"),
+        ],
+    )
+    def test_refuses(self, flags, message, run, capsys):
+        with pytest.raises(SystemExit, match="2"):
+            run(data_parallel, flags)
+        assert message in capsys.readouterr().err
+
+    def test_finds_no_cluster(self):
+        _, error = start("--coordinator", "auto").communicate(timeout=300)
+        assert "--coordinator auto finds no cluster: give HOST:PORT" in error
