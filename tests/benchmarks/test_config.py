@@ -198,7 +198,7 @@ def test_knobs_at_their_ends():
         ),
         (sweep, "--methods hinge", "bi_tempered; and of mixup"),
         (pod, "--models vgg", "invalid choice 'vgg'"),
-        (pod, "--topologies nowhere", "--topologies must be known to the TPU's compiler, got no"),
+        (pod, "--topologies nowhere", "--topologies must be known to the compiler, got nowhere"),
         (speed, "--parts jax", "invalid choice 'jax'"),
         (speed, "--forms sgd", "invalid choice 'sgd'"),
         (speed, "--parts torch --models transformer", "--models must have one of images for --par"),
