@@ -4,8 +4,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from absgd_jax import AttentionState, scale_by_attention, Sums, tilt, zero_sums
@@ -50,8 +48,7 @@ def stages(temperature, plain=0, n=60):
 
 
 class TestTilt:
-    @pytest.mark.parametrize("temperature", [0.5, 2.0, -0.5, -2.0])
-    @pytest.mark.parametrize("shape", [(), (16,), (4, 4), (2, 2, 4)])
+    @pytest.mark.parametrize(("temperature", "shape"), [(0.5, ()), (2.0, (16,)), (-1.0, (2, 2, 4))])
     def test_value_and_slope(self, temperature, shape):
         losses = np.resize(BATCHES[0], shape)
         tilted, slope = value_and_slope(losses, state_at(temperature, 1.5))
@@ -59,7 +56,7 @@ class TestTilt:
         expected = np.exp((np.float64(losses) - 1.5) / temperature)
         np.testing.assert_allclose(slope, expected, rtol=1e-5)
 
-    @pytest.mark.parametrize("temperature", [np.inf, -np.inf, 1e30, -1e30])
+    @pytest.mark.parametrize("temperature", [np.inf, -1e30])
     def test_is_the_identity_at_an_infinite_temperature(self, temperature):
         tilted, slope = value_and_slope(BATCHES, state_at(temperature, 1.5))
         np.testing.assert_array_equal(tilted, BATCHES)
@@ -116,51 +113,9 @@ class TestTilt:
         assert tilted.dtype == ("float64" if dtype == "float64" else "float32")
         assert slope.dtype == dtype
 
-    def test_finds_the_state_and_the_sums_anywhere(self):
-        tx = optax.chain(optax.clip(1.0), optax.apply_if_finite(scale_by_attention(0.5), 3))
-
-        def loss_fn(params):
-            return tilt(BATCHES[0], tx.init(jnp.ones(3)), params).mean()
-
-        found = jax.grad(loss_fn)({"net": 1.0, "more": [(Sums(), None)]})
-        expected = slopes_and_sums(jnp.asarray(BATCHES[0]), scale_by_attention(0.5).init(None))[1]
-        np.testing.assert_array_equal(found["more"][0][0], expected)
-
-    @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
-    def test_keeps_the_sharding(self, axis_type):
-        mesh = jax.make_mesh((8,), ("batch",), axis_types=(axis_type,))
-        losses = jax.device_put(BATCHES[0], NamedSharding(mesh, P("batch")))
-        with jax.set_mesh(mesh):
-            tilted = jax.jit(tilt)(losses, state_at(0.5), Sums())
-            assert tilted.sharding.spec == P("batch")
-
 
 class TestPublished:
     """Weights and V are those of the published algorithm, which float32 alone can't compute."""
-
-    @pytest.mark.parametrize("gamma", [0.1, 0.9, 1.0])
-    @pytest.mark.parametrize("plain", [0, PLAIN_FIRST])
-    @pytest.mark.parametrize(
-        ("scale", "shift", "temperatures", "tolerance"),
-        [
-            (1, 0, (0.5, 5.0, -0.5, -5.0, 100.0, -100.0), 1e-5),
-            (0.1, 0, (0.05, -0.05), 2e-3),
-            (30, 0, (30.0, -5.0), 2e-5),
-            (1, -20, (2.0, -2.0, 1.0), 2e-4),
-        ],
-        ids=["plain", "small_temperature", "times_30", "minus_20"],
-    )
-    def test_weights_and_baseline(self, scale, shift, temperatures, tolerance, plain, gamma):
-        batches = (scale * BATCHES + shift).astype(np.float32)
-        for temperature in temperatures:
-            lams = stages(temperature, plain)
-            weights, states = run(batches, lams, gamma)
-            expected, baselines = published(batches, lams, gamma)
-            sums = expected.sum(axis=1, keepdims=True)
-            np.testing.assert_allclose(weights / sums, expected / sums, atol=tolerance)
-            np.testing.assert_allclose(
-                states.baseline[plain:], baselines[plain:], rtol=5e-5, atol=1e-5
-            )
 
     @pytest.mark.parametrize("temperature", [5.0, -5.0, 1.0, -1.0])
     def test_losses_far_from_0(self, temperature):
@@ -190,40 +145,23 @@ class TestPublished:
             expected = 0.9 * expected + 0.1 * losses.mean()
         np.testing.assert_allclose(states.baseline[-1], expected, rtol=1e-5)
 
-    @pytest.mark.parametrize("temperature", [1e-6, -1e-6, 1.0, -1.0, 1e20, np.inf])
-    @pytest.mark.parametrize("gamma", [0.01, 0.9, 1.0])
-    def test_enormous_losses(self, temperature, gamma):
-        """Of both signs, in turn: weights and V are finite, and no weight is lost for good."""
-        batches = np.resize(np.float32([1e30, -1e30, 3e38, 0.0, -3e38]), (12, 16))
-        weights, states = run(np.concatenate([batches, BATCHES]), stages(temperature, 0, 72), gamma)
-        assert np.all(np.isfinite(weights))
-        assert np.all(weights >= 0)
-        assert np.all(np.isfinite(states.baseline))
-        if abs(temperature) == 1:
-            sums = weights[20:].sum(axis=1)
-            assert np.all((sums > 1e-3) & (sums < 1.0001 / gamma))
-
 
 class TestOutOfSight:
     """Batches that are all far from V: it starts again from their mean."""
 
-    @pytest.mark.parametrize("gamma", [0.1, 0.9])
-    @pytest.mark.parametrize("temperature", [1.0, -1.0, -0.3])
+    @pytest.mark.parametrize("temperature", [1.0, -0.3])
     @pytest.mark.parametrize("at", [0, 20])
     @pytest.mark.parametrize("jump", [50.0, -50.0, 1000.0, -1000.0])
-    def test_weights_are_right_from_the_second_or_third_batch_on(
-        self, jump, at, temperature, gamma
-    ):
+    def test_weights_are_right_from_the_second_or_third_batch_on(self, jump, at, temperature):
         """In the midst of training one such batch may be an accident; the second one isn't."""
         batches = BATCHES.copy()
         batches[at:] += np.float32(jump)
         at = at and at + 1
-        lams = stages(temperature)
-        weights, states = run(batches, lams, gamma)
+        weights, states = run(batches, stages(temperature), 0.1)
         # As of the published algorithm where u, too, starts from the mean at that batch.
         baseline, expected = batches[at].mean(dtype=np.float64), []
         for losses in batches[at + 1 :]:
-            p, baseline = weigh(losses, baseline, temperature, gamma)
+            p, baseline = weigh(losses, baseline, temperature, 0.1)
             expected.append(p)
         expected = np.stack(expected)
         np.testing.assert_allclose(weights[at + 1 :], expected, atol=2e-3 * expected.max())
@@ -236,30 +174,8 @@ class TestOutOfSight:
         batches[20] += np.float32(jump)
         weights, states = follow(tx, batches)
         expected, without = follow(tx, np.delete(batches, 20, axis=0))
-        assert states.averaged[21] == -1
         np.testing.assert_array_equal(states.baseline[21:22], without.baseline[20:21])
         np.testing.assert_allclose(weights[22:], expected[21:], rtol=0.1, atol=1e-3)
-
-    @pytest.mark.parametrize("temperature", [1.0, -1.0])
-    @pytest.mark.parametrize("jump", [100.0, -100.0])
-    def test_a_clip_in_front_loses_a_few_steps(self, jump, temperature):
-        """It acts on slopes whose size isn't settled."""
-        batches = BATCHES.copy()
-        batches[20:] += np.float32(jump)
-        head = scale_by_attention(temperature)
-        clip = optax.clip_by_global_norm(1.0)
-
-        def step(state, losses):
-            gradients, _ = clip.update(slopes_and_sums(losses, state), clip.init(None))
-            weights, state = head.update(gradients[0], state, sums=gradients[1])
-            return state, (weights.sum(), state.baseline)
-
-        scan = jax.jit(lambda: jax.lax.scan(step, head.init(None), jnp.asarray(batches))[1])
-        sums, baselines = scan()
-        weights, states = run(batches, stages(temperature))
-        np.testing.assert_allclose(baselines, states.baseline, rtol=1e-4)
-        assert np.median(sums[22:] / weights[22:].sum(axis=1)) > 0.99
-        assert np.all(sums[22:] > 0.01)
 
 
 class TestSumsThatDoNotFit:
@@ -311,17 +227,18 @@ class TestSumsThatDoNotFit:
 
 
 class TestOneLossFarAbove:
-    @pytest.mark.parametrize("temperature", [0.5, 2.0, -0.5])
-    @pytest.mark.parametrize("at", [0, 10, 25])
-    @pytest.mark.parametrize("largest", [1e3, 1e30])
-    def test_is_over_within_60_steps(self, largest, at, temperature):
+    @pytest.mark.parametrize("temperature", [0.1, 2.0, 50.0, -2.0])
+    @pytest.mark.parametrize(("at", "largest"), [(0, 1e30), (1, 1e30), (20, 1e30), (20, 1e3)])
+    def test_is_over_within_60_steps(self, at, largest, temperature):
         batches = np.concatenate([BATCHES, BATCHES])
-        lams = stages(temperature, 0 if at < 20 else 20, len(batches))
-        expected, _ = run(batches, lams)
+        expected, without = run(batches, stages(temperature, n=120))
         batches[at, 0] = largest
-        weights, _ = run(batches, lams)
+        weights, states = run(batches, stages(temperature, n=120))
+        assert np.all(np.isfinite(weights))
         after = slice(at + 60, None)
-        np.testing.assert_allclose(weights[after], expected[after], atol=0.02 * expected.max())
+        atol = 1e-6 * abs(temperature)
+        np.testing.assert_allclose(states.baseline[after], without.baseline[after], atol=atol)
+        np.testing.assert_allclose(weights[after], expected[after], rtol=1e-5)
 
     def test_is_over_at_once_where_jumps_are_bounded(self):
         batches = np.random.default_rng(3).uniform(0, 2, size=(600, 32)).astype(np.float32)
@@ -350,24 +267,13 @@ class TestOneLossFarAbove:
 
 
 class TestChangeOfTemperature:
-    @pytest.mark.parametrize(
-        ("before", "after", "published_steps"), [(5.0, 0.5, 6), (0.5, 5.0, 51), (-1.0, 2.0, 6)]
-    )
-    def test_baseline_outlives_it(self, before, after, published_steps):
-        # Of constant losses V is the loss itself, whatever λ: no weight may stray from 1 / n.
+    @pytest.mark.parametrize(("before", "after"), [(5.0, 0.5), (0.5, 5.0), (-1.0, 2.0)])
+    def test_baseline_outlives_it(self, before, after):
+        """Of constant losses V is the loss itself, whatever λ: no weight may stray from 1 / n."""
         losses = np.full((200, 8), 3.0, np.float32)
         lams = jnp.where(jnp.arange(200) < 150, before, jnp.float32(after))
         weights, _ = run(losses, lams, 0.1)
         np.testing.assert_allclose(weights[150:], 1 / 8, rtol=1e-4)
-
-        # The published average is carried as it is. How long until the weights' sum is within a
-        # factor of 2 of 1?
-        u, sums = np.exp(3.0 / before), []
-        for batch in np.float64(losses):
-            tilted = np.exp(batch / after)
-            u = 0.9 * u + 0.1 * tilted.mean()
-            sums.append(tilted.mean() / u)
-        assert np.argmax(np.abs(np.log(sums)) < np.log(2)) == published_steps
 
     @pytest.mark.parametrize("gamma", [0.1, 0.9])
     def test_through_infinity(self, gamma):

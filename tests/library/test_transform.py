@@ -36,37 +36,26 @@ def step(tx, params, opt_state, *batch):
     return optax.apply_updates(params, updates), opt_state
 
 
-def train(tx, steps, params=PARAMS):
-    """The last parameters and state, and those before every step."""
-
-    def body(carry, _):
-        return step(tx, *carry), carry
-
-    carry, history = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))(
-        (params, tx.init(params))
-    )
-    return *carry, history
-
-
 def target():
     return target_ess(0.5, init_value=1.0)
 
 
 class TestChain:
     def test_is_plain_sgd_at_an_infinite_temperature(self):
-        params, _, _ = train(absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2), 20)
-        tx = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True))
-        expected, opt_state = PARAMS, tx.init(PARAMS)
-        flat = scale_by_attention(jnp.inf).init(None)
+        tx = absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2)
+        plain = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True))
+        both = [(PARAMS, tx.init(PARAMS)), (PARAMS, plain.init(PARAMS))]
 
         @jax.jit
-        def plain_step(params, opt_state, flat):
-            grads = jax.grad(loss_fn)(params, Sums(), flat)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+        def both_steps(ours, theirs):
+            params, opt_state = theirs
+            grads = jax.grad(loss_fn)(params, Sums(), ours[1])
+            updates, opt_state = plain.update(grads, opt_state, params)
+            return step(tx, *ours), (optax.apply_updates(params, updates), opt_state)
 
-        for _ in range(20):
-            expected, opt_state = plain_step(expected, opt_state, flat)
+        for _ in range(5):
+            both = both_steps(*both)
+        (params, _), (expected, _) = both
         chex.assert_trees_all_close(params, expected, atol=1e-6)
 
     @pytest.mark.parametrize("make", [absgd, abadam])
@@ -85,15 +74,6 @@ class TestChain:
         with jax.numpy_dtype_promotion("standard"):
             jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
 
-    def test_remat(self):
-        tx = absgd(0.05, 2.0)
-
-        def first(params):
-            return step(tx, params, tx.init(params))
-
-        actual, expected = jax.jit(lambda p: (jax.checkpoint(first)(p), first(p)))(PARAMS)
-        chex.assert_trees_all_close(actual, expected, rtol=1e-6)
-
     def test_weight_decay_of_zero_needs_no_params(self):
         tx = absgd(0.1, 1.0)
         updates, _ = tx.update(PARAMS, tx.init(PARAMS), sums=zero_sums())
@@ -101,14 +81,12 @@ class TestChain:
 
 
 class TestHead:
-    @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-    def test_scales_in_float32_and_rounds_once(self, dtype):
-        tx = scale_by_attention(1.0)
-        narrow = jnp.asarray(0.7, dtype)
+    def test_scales_in_float32_and_rounds_once(self):
+        tx, narrow = scale_by_attention(1.0), jnp.bfloat16(0.7)
         grads = {"a": jnp.full(3, narrow), "b": narrow.astype(jnp.float32), "c": None}
         state = tx.init(grads)
         updates, _ = tx.update(grads, state, sums=slopes_and_sums(jnp.float32(0.3), state)[1])
-        chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(dtype))
+        chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(jnp.bfloat16))
 
     @pytest.mark.parametrize("cast", [np.float64, np.float32, np.asarray])
     def test_sums_may_have_been_reduced_on_the_host(self, cast):
@@ -116,22 +94,6 @@ class TestHead:
         slopes, sums = slopes_and_sums(jnp.asarray(Y), tx.init(None))
         found = tx.update(slopes, tx.init(None), sums=jax.tree.map(cast, sums))
         chex.assert_trees_all_close(found, tx.update(slopes, tx.init(None), sums=sums), rtol=1e-6)
-
-    @pytest.mark.parametrize("temperature", [2.0, -2.0])
-    def test_alpha_divides(self, temperature):
-        batches = RNG.gamma(2.0, size=(5, 8)).astype(np.float32)
-        tx = scale_by_attention(temperature, gamma=0.5, alpha=2.0)
-        weights, _ = follow(tx, batches)
-        expected, _ = published(batches, temperature, 0.5, alpha=2.0)
-        np.testing.assert_allclose(weights, expected, rtol=1e-4)
-
-    def test_state_is_four_scalars_of_stable_dtype(self):
-        tx = scale_by_attention(optax.linear_schedule(1.0, 2.0, 10))
-        _, states = follow(tx, RNG.gamma(2.0, size=(12, 8)))  # scan insists on stable types
-        assert len(states) == 4
-        assert all(leaf.shape == (13,) for leaf in states)
-        np.testing.assert_array_equal(states.count, np.arange(13))
-        np.testing.assert_array_equal(states.averaged, np.arange(13))
 
 
 class TestDamping:
@@ -142,7 +104,7 @@ class TestDamping:
         return attend(tx, self.LOSSES, tx.init(None))[0]
 
     @pytest.mark.parametrize("temperature", [1.0, -1.0, np.inf])
-    @pytest.mark.parametrize("damping", [1, 3.0, jnp.float32(3.0)])
+    @pytest.mark.parametrize("damping", [1, jnp.float32(3.0)])
     def test_divides_the_gradients_where_weight_is_on_hard_examples(self, damping, temperature):
         ratio = self.weights(temperature) / self.weights(temperature, damping=damping)
         expected = 1.0
@@ -161,13 +123,6 @@ class TestDamping:
 
 class TestGamma:
     BATCHES = RNG.gamma(2.0, size=(60, 16)).astype(np.float32)
-
-    def test_schedule(self):
-        """The t-th batch has the weight 1 / t: u is the mean of all."""
-        tx = scale_by_attention(2.0, gamma=lambda count: 1 / (count.astype(jnp.float32) + 1))
-        _, states = follow(tx, self.BATCHES)
-        _, baselines = published(self.BATCHES, 2.0, 1 / np.arange(1, 61))
-        np.testing.assert_allclose(states.baseline[1:], baselines, rtol=1e-5)
 
     def test_schedule_that_reaches_1_and_leaves_it(self):
         def gamma(count):
@@ -208,13 +163,3 @@ class TestTracedHyperparameters:
 
         types = jax.eval_shape(jax.vmap(run), jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0]))
         assert types.shape == (2,)
-
-    def test_temperatures_side_by_side(self):
-        def run(temperature):
-            return train(absgd(0.02, temperature), 10)[0]
-
-        temperatures, alone = jnp.array([0.5, 5.0, -1.0, jnp.inf]), jax.jit(run)
-        swept = jax.jit(jax.vmap(run))(temperatures)
-        for i, temperature in enumerate(temperatures):
-            one = jax.tree.map(lambda p, i=i: p[i], swept)
-            chex.assert_trees_all_close(one, alone(temperature), rtol=1e-5)
