@@ -1,7 +1,6 @@
 """A wrong argument of anything public is named, with its value and with what to do instead."""
 
 import inspect
-import re
 
 import jax
 import jax.numpy as jnp
@@ -66,8 +65,11 @@ def mask(n):
     ]
 
 
+RAGGED = bad([[0], [1, 2]], says="give its rows one length", got="[[0], [1, 2]]")
+
+
 def per_class(shape):
-    shapes = bad(5, np.ones([1, 3]), says=shape)
+    shapes = RAGGED + bad(5, np.ones([1, 3]), says=shape)
     numbers = [1, -1, 1], [0, 0, 0], [1, NAN, 1], [1, INF, 1], ["1", "2", "3"]
     return shapes + bad(*numbers, says="finite, not negative and not all zero")
 
@@ -105,16 +107,18 @@ GRADIENT = bad(Sums(), {"weight": 1.0}, {"sums": SOUND}, 5.0, np.ones(9), says=P
 
 Z, Y = np.zeros([2, 3], np.float32), np.array([0, 1])
 COUNTS = per_class("(3,)") + bad(jnp.ones(4), says="(3,)")
-OUTSIDE = bad(np.array([0, 3]), np.array([-1, 0]), says="`where`")
+OUTSIDE = RAGGED + bad(np.array([0, 3]), np.array([-1, 0]), says="`where`")
 NEITHER = [0.0, 1.0], np.zeros([2, 3], int), np.ones(2, bool), "cat"
 GROUPS = [
     *bad("many", says="an array of numbers"),
     *bad(np.ones(3, np.float32), says="integers"),
     *bad(np.zeros(2, int), says="the shape of weights, (3,)"),
 ]
-CLASSES = bad([0.0, 1.0], says="integers") + bad([0, 1, 3], [-1, 0], says="[0, 3)")
+INTEGERS = RAGGED + bad([0.0, 1.0], ["0", "1"], [0, 1, None], says="integers")
+CLASSES = INTEGERS + bad([0, 1, 3], [-1, 0], says="[0, 3)")
 TRANSITION = [
-    *bad("uniform", None, says="a transition matrix"),
+    *RAGGED,
+    *bad("uniform", None, ["cat", "dog"], np.eye(3, dtype=complex), says="a transition matrix"),
     *bad(np.eye(2), says="(3, 3)"),
     *bad(2 * np.eye(3), 2 * np.eye(3) - 1 / 3, np.eye(3) * (1 + 1e-4), says="sum to 1"),
 ]
@@ -218,19 +222,20 @@ FUNCTIONS = [
         {"labels": [0, 0, 1, 1], "imbalance_factor": 0.5, "seed": 0},
         {
             "labels": [
-                *bad([0.0, 1.0], says="integers"),
+                *INTEGERS,
                 *bad([0, 0, 2, 2], says="[0, 2)"),
                 *bad([[0, 1]], [], [0, 0], says="[N]"),
             ],
             "max_count": from_on(1)[1:] + bad(3, says="class 0 has 2 and needs 3"),
-            "class_order": bad([0, 2], "rare", says="a permutation of 0, ..., 1"),
+            "class_order": RAGGED
+            + bad([0, 2], "rare", [1.0, 0.0], [True, False], [[0, 1]], [0, None], says="0, ..., 1"),
         },
     ),
     (
         data.split_by_count,
         {"counts": [1, 2]},
         {
-            "counts": bad(5, [1, -2], ["1"], says="one number a class"),
+            "counts": RAGGED + bad(5, [1, -2], ["1"], says="one number a class"),
             "few": NOT_NEGATIVE + bad(101, says="not exceed many, got 101 and 100"),
         },
     ),
@@ -327,9 +332,8 @@ BESIDE = {"net": PARAMS, "sums": SOUND}
 
 
 class TestMissingSums:
-    @pytest.mark.parametrize("make", [lambda: HEAD, lambda: absgd(0.1, 5.0), lambda: abadam(1, 5)])
-    def test_both_ways_to_give_them_are_named(self, make):
-        message = message_of(make(), PARAMS)
+    def test_both_ways_to_give_them_are_named(self):
+        message = message_of(absgd(0.1, 5.0), PARAMS)
         assert message.startswith("sums is missing; ")
         for part in (
             PASSED,
@@ -349,58 +353,38 @@ class TestMissingSums:
         message = message_of(absgd(0.1, 5.0), PARAMS, **{name: jnp.float32(1.0)})
         assert message.startswith("sums is missing; ")
         assert PASSED in message
-        assert re.search(f"`{name}` is(n't| not) needed", message)
+        assert f"`{name}` is not needed" in message
 
     @pytest.mark.parametrize(
-        "mask",
+        "tx",
         [
-            {"net": {"w": True, "b": False}, "sums": False},
-            {"net": {"w": True, "b": False}, "sums": Sums(*[False] * 10)},
-            lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree),  # no scalars
+            optax.masked(HEAD, {"net": True, "sums": False}),
+            optax.masked(HEAD, lambda tree: jax.tree.map(lambda x: np.ndim(x) > 0, tree)),
+            optax.partition(
+                {"trained": HEAD, "frozen": optax.set_to_zero()},
+                {"net": "trained", "sums": Sums(*["frozen"] * 10)},
+            ),
         ],
     )
-    def test_masked_out(self, mask):
-        message = message_of(optax.masked(HEAD, mask), BESIDE)
-        assert "the mask or the partition pass on the sums, too" in message
-
-    @pytest.mark.parametrize("of_sums", ["frozen", Sums(*["frozen"] * 10)])
-    def test_in_another_part(self, of_sums):
-        parts = {"trained": absgd(0.1, 5.0), "frozen": optax.set_to_zero()}
-        tx = optax.partition(parts, {"net": {"w": "trained", "b": "frozen"}, "sums": of_sums})
+    def test_masked_out(self, tx):
         assert "the mask or the partition pass on the sums, too" in message_of(tx, BESIDE)
 
 
-class TestSumsAreGivenOnce:
-    @pytest.mark.parametrize(
-        ("updates", "sums", "got"),
-        [
-            (BESIDE, SOUND, "1"),
-            (BESIDE | {"more": SOUND}, None, "2"),
-            (BESIDE | {"more": zero_sums()}, SOUND, "2"),
-        ],
-    )
-    def test_or_message_of(self, updates, sums, got):
-        message = message_of(absgd(0.1, 5.0), updates, sums=sums)
-        assert re.match(f"sums must be given once, got {got} ", message)
+@pytest.mark.parametrize(
+    ("updates", "sums", "got"), [(BESIDE, SOUND, "1"), (BESIDE | {"more": SOUND}, None, "2")]
+)
+def test_sums_are_given_once(updates, sums, got):
+    message = message_of(absgd(0.1, 5.0), updates, sums=sums)
+    assert message.startswith(f"sums must be given once, got {got} ")
 
 
-class TestSumsBeside:
+@pytest.mark.parametrize(("sums", "says", "got"), SUMS)
+def test_sums_beside_the_parameters(sums, says, got):
     """What is refused of an argument is refused of what is found among the updates."""
-
-    @pytest.mark.parametrize(("sums", "says", "got"), SUMS)
-    def test_or_message_of(self, sums, says, got):
-        message = message_of(HEAD, {"net": PARAMS, "sums": sums})
-        assert message.startswith("sums must ")
-        assert says in message
-        assert got in message
-
-
-def test_per_example_gradients_are_to_be_reduced():
-    def gradients(loss):
-        return slopes_and_sums(loss, ATTENTION)[1]
-
-    each = jax.vmap(gradients)(jnp.asarray(LOSSES))
-    assert "must be scalars, got shape (3,)" in message_of(HEAD, PARAMS, sums=each)
+    message = message_of(HEAD, {"net": PARAMS, "sums": sums})
+    assert message.startswith("sums must ")
+    assert says in message
+    assert got in message
 
 
 class TestUpdates:
@@ -411,41 +395,25 @@ class TestUpdates:
         assert message.startswith("updates must be floating point or complex, got ")
         assert "float0" in message
 
-    @pytest.mark.parametrize("dtype", [np.int32, np.uint8, bool])
-    def test_whole_numbers(self, dtype):
-        message = message_of(HEAD, {"w": np.ones(3, dtype)}, sums=SOUND)
-        assert message.startswith(
-            f"updates must be floating point or complex, got {np.dtype(dtype)}"
-        )
+    def test_whole_numbers(self):
+        message = message_of(HEAD, {"w": np.ones(3, np.int32)}, sums=SOUND)
+        assert message.startswith("updates must be floating point or complex, got int32")
         assert "optax.partition" in message
 
-    @pytest.mark.parametrize("x64", [False, True], indirect=True)
-    def test_complex_ones_are_scaled(self, x64):
+    def test_complex_ones_are_scaled(self):
         """By the real factor that scales all others."""
         g = jnp.array([1.0 + 0.5j, -2.0 + 3.0j])
-        assert g.dtype == (jnp.complex128 if jax.config.x64_enabled else jnp.complex64)
         (scaled, real), _ = HEAD.update((g, jnp.ones(2)), HEAD.init(None), sums=SOUND)
         assert scaled.dtype == g.dtype
         np.testing.assert_allclose(scaled, np.asarray(g) * np.asarray(real), rtol=1e-6)
         assert not np.allclose(real, 1)
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda schedule: schedule, lambda schedule: two_stage(schedule, 1)]
-)
-def test_a_schedule_of_the_temperature_is_of_scalars(wrap):
-    tx = scale_by_attention(wrap(lambda count: jnp.ones(1) * count))
-    with pytest.raises(
-        ValueError, match=r"^temperature must be a schedule of scalars, got shape \(1,"
-    ):
-        tx.init(PARAMS)
-
-
-def test_a_schedule_of_gamma_is_of_scalars():
-    message = message_of(
-        scale_by_attention(5.0, gamma=lambda count: jnp.ones(1)), PARAMS, sums=SOUND
-    )
-    assert message.startswith("gamma must be a schedule of scalars, got shape (1,)")
+@pytest.mark.parametrize("argument", ["temperature", "gamma"])
+def test_a_schedule_is_of_scalars(argument):
+    tx = scale_by_attention(**{"temperature": 5.0, argument: lambda count: jnp.ones(1)})
+    message = message_of(tx, PARAMS, sums=SOUND)
+    assert message.startswith(f"{argument} must be a schedule of scalars, got shape (1,)")
 
 
 def mean(state, losses):
@@ -465,7 +433,6 @@ def in_scan(state, losses):
 # Of functions of a state and of losses.
 CONSTANTS = {
     "jit": lambda state, x: jax.jit(lambda x: mean(state, x))(x),
-    "jit_of_grad": lambda state, x: jax.jit(jax.grad(lambda x: mean(state, x)))(x),
     "grad_of_jit": lambda state, x: jax.grad(jax.jit(lambda x: mean(state, x)))(x),
     "jit_of_vmap": lambda state, x: jax.jit(jax.vmap(lambda x: mean(state, x)))(x),
     "numpy": lambda state, x: CONSTANTS["jit"](jax.tree.map(np.asarray, state), x),
@@ -474,17 +441,11 @@ CONSTANTS = {
     )(x),
     # That these warn, too, is documented.
     "scan": lambda state, x: jax.lax.map(lambda each: mean(state, each), x),
-    "cond": lambda state, x: jax.lax.cond(
-        True, lambda x: mean(state, x), lambda x: jnp.float32(0.0), x
-    ),
     "checkpoint": lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x),
 }
 FOLLOWED = {
     "eager": mean,
     "eager_grad": lambda state, x: jax.grad(lambda x: mean(state, x))(x),
-    "eager_vjp": lambda state, x: jax.vjp(lambda x: mean(state, x), x)[1](jnp.float32(1.0)),
-    "eager_linearize": lambda state, x: jax.linearize(lambda x: mean(state, x), x)[1](x),
-    "eager_hessian": lambda state, x: jax.hessian(lambda x: mean(state, x))(x),
     "eager_vmap": lambda state, x: jax.vmap(lambda x: mean(state, x))(x),
     "argument": lambda state, x: jax.jit(mean)(state, x),
     "argument_of_grad": lambda state, x: jax.jit(
@@ -493,11 +454,7 @@ FOLLOWED = {
     "numpy_argument": lambda state, x: jax.jit(mean)(jax.tree.map(np.asarray, state), x),
     "vmapped_argument": lambda state, x: jax.jit(jax.vmap(mean, (None, 0)))(state, x),
     "made_inside": lambda state, x: jax.jit(lambda x: mean(HEAD.init(None), x))(x),
-    "made_and_set_inside": lambda state, x: jax.jit(
-        lambda x: mean(optax.tree.set(HEAD.init(None), temperature=2.0), x)
-    )(x),
     "carry": in_scan,
-    "carry_in_jit": lambda state, x: jax.jit(in_scan)(state, x),
     "carry_made_inside": lambda state, x: jax.jit(lambda x: in_scan(HEAD.init(None), x))(x),
 }
 

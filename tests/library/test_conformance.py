@@ -1,7 +1,6 @@
 """The contract that optax holds its own contributed optimisers to, and what users do to a state."""
 
 import functools
-import itertools
 
 import chex
 import jax
@@ -9,14 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from absgd_jax import (
     abadam,
     absgd,
-    AttentionState,
     get_temperature,
     scale_by_attention,
     Sums,
@@ -81,14 +78,6 @@ class TestEveryOptimizer:
         extra_args = {"unknown": number, "fn": len, "value": number, "loss": number, "grad": None}
         chex.assert_trees_all_equal(run(tx, **extra_args), plain_run(name))
 
-    def test_the_state_is_that_of_the_optimizer_and_four_scalars(self, name):
-        state, *_ = jax.tree.leaves(
-            OPTIMIZERS[name](RATE).init(PARAMS), is_leaf=lambda x: isinstance(x, AttentionState)
-        )
-        assert state._fields == ("count", "temperature", "baseline", "averaged")
-        assert all(leaf.shape == () for leaf in state)
-        assert [leaf.dtype.kind for leaf in state] == ["i", "f", "f", "i"]
-
     def test_tells_the_parameters_in_its_state_from_the_rest(self, name):
         tx = OPTIMIZERS[name](RATE)
         marks = optax.tree.map_params(
@@ -109,9 +98,7 @@ class TestEveryOptimizer:
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(init, shapes), init(PARAMS))
 
     @pytest.mark.parametrize(
-        ("dtype", "x64"),
-        [("float16", False), ("bfloat16", False), ("float32", False), ("float64", True)],
-        indirect=["x64"],
+        ("dtype", "x64"), [("bfloat16", False), ("float64", True)], indirect=["x64"]
     )
     def test_keeps_shapes_dtypes_and_shardings(self, name, dtype, x64):
         """Of state and updates: otherwise `cond` and `scan` refuse them."""
@@ -120,7 +107,7 @@ class TestEveryOptimizer:
         params = {"w": PARAMS["w"].astype(dtype), "b": PARAMS["b"].astype("float32")}
         shardings = {"w": NamedSharding(mesh, P("model")), "b": NamedSharding(mesh, P())}
         params = jax.device_put(params, shardings)
-        losses = jnp.asarray(LOSSES, "bfloat16" if dtype == "float16" else "float16")
+        losses = jnp.asarray(LOSSES, "float16")
 
         def step(carry, losses):
             def update(updates, opt_state):
@@ -163,10 +150,9 @@ def test_a_schedule_of_the_rate_equals_its_constant(name):
 
 
 class TestInjectedHyperparameters:
-    @pytest.mark.parametrize("make", [absgd, abadam])
-    def test_are_as_given_and_can_be_set(self, make):
+    def test_are_as_given_and_can_be_set(self):
         """λ and the learning rate, without a recompile; λ from the next update on."""
-        tx = optax.inject_hyperparams(make)(RATE, 2.0, weight_decay=1e-3)
+        tx = optax.inject_hyperparams(absgd)(RATE, 2.0, weight_decay=1e-3)
         step = stepper(tx)
         params, opt_state = step(PARAMS, tx.init(PARAMS), LOSSES[0])
         opt_state.hyperparams["temperature"] = jnp.float32(-1.0)
@@ -177,14 +163,13 @@ class TestInjectedHyperparameters:
         params, opt_state = step(params, opt_state, LOSSES[2])
         assert get_temperature(opt_state) == -1.0
 
-        tx = make(RATE, 2.0, weight_decay=1e-3)
+        tx = absgd(RATE, 2.0, weight_decay=1e-3)
         expected, state = stepper(tx)(PARAMS, tx.init(PARAMS), LOSSES[0])
-        step = stepper(make(0.01, 2.0, weight_decay=1e-3))
+        step = stepper(absgd(0.01, 2.0, weight_decay=1e-3))
         expected, state = step(expected, state, LOSSES[1])
         state = optax.tree.set(state, temperature=jnp.float32(-1.0))
         expected, state = step(expected, state, LOSSES[2])
-        # An injected b2 is rounded before it is taken from 1.
-        chex.assert_trees_all_close((params, opt_state.inner_state), (expected, state), rtol=1e-4)
+        chex.assert_trees_all_close((params, opt_state.inner_state), (expected, state), rtol=1e-6)
 
     def test_are_set_in_both_places_at_once(self):
         tx = optax.inject_hyperparams(absgd)(RATE, 2.0)
@@ -216,18 +201,6 @@ class TestInjectedHyperparameters:
             carry = step(*carry, losses)
         assert lams == [5.0, 5.0, 4.0, 3.0]
 
-    @pytest.mark.parametrize(
-        "other",
-        [
-            lambda: absgd(RATE, target_ess(0.5), damping=0),
-            lambda: absgd(RATE, target_ess(0.5), max_jump=jnp.inf),
-        ],
-    )
-    def test_these_defaults_tell(self, other):
-        default = run(absgd(RATE, target_ess(0.5)), JUMP)
-        with pytest.raises(AssertionError):
-            chex.assert_trees_all_close(run(other(), JUMP), default, rtol=1e-2)
-
 
 def temperatures_of(tx, state, steps=3):
     """λ after each of so many updates."""
@@ -254,8 +227,6 @@ SET = [
 RULES = {
     "number": 5.0,
     "schedule": optax.linear_schedule(5.0, 1.0, 4),
-    "automatic": target_ess(0.5),
-    "two_stages": two_stage(5.0, begin=2),
     "automatic_stage": two_stage(target_kl(0.1), begin=1),
 }
 # A second stage, and λ of the 51st update on, where it should have begun with the 20th.
@@ -270,41 +241,36 @@ SECOND = {
 class TestTheLeafIsLambda:
     """What stands there is the λ of the next loss and of its update, whoever has put it there."""
 
-    @pytest.mark.parametrize(
-        ("mode", "x64"), [("eager", False), ("jit", False), ("eager", True)], indirect=["x64"]
-    )
+    @pytest.mark.parametrize("x64", [False, True], indirect=True)
     @pytest.mark.parametrize("rule", RULES)
-    def test_any_kind_of_number_can_be_set(self, rule, mode, x64):
+    def test_any_kind_of_number_can_be_set(self, rule, x64):
         tx = scale_by_attention(RULES[rule])
-        step = jax.jit(attend, static_argnums=0) if mode == "jit" else attend
-        expected = {
-            lam: attend(tx, LOSSES[0], with_temperature(tx, jnp.float32(lam))) for lam in (2, 2.5)
-        }
+        step = functools.partial(jax.jit(attend, static_argnums=0), tx, LOSSES[0])
+        expected = {lam: step(with_temperature(tx, jnp.float32(lam))) for lam in (2, 2.5)}
         for lam, as_float32 in SET:
             state = with_temperature(tx, lam)
             assert get_temperature(state) == as_float32
-            weights, state = step(tx, LOSSES[0], state)
+            weights, state = step(state)
             chex.assert_trees_all_close((weights, state), expected[as_float32], rtol=1e-6)
             assert jax.typeof(state.temperature) == jax.typeof(state.baseline)
             assert state.temperature.dtype == jnp.result_type(float)
 
     @pytest.mark.parametrize("lam", [2, jnp.float32(2)], ids=["int", "float32"])
-    @pytest.mark.parametrize("rule", ["schedule", "array", "second stage", "automatic stage"])
-    def test_what_follows_has_all_its_digits_under_x64(self, rule, lam, x64):
-        given = {
-            "schedule": lambda count: jnp.asarray(0.7),
-            "array": jnp.asarray(0.7),
-            "second stage": two_stage(0.7, begin=1),
-            "automatic stage": two_stage(target_ess(0.5, init_value=0.7), begin=1),
-        }
-        tx = scale_by_attention(given[rule])
-        assert temperatures_of(tx, with_temperature(tx, lam), steps=1) == [0.7]
+    def test_what_follows_has_all_its_digits_under_x64(self, lam, x64):
+        for temperature in (
+            jnp.asarray(0.7),
+            lambda count: jnp.asarray(0.7),
+            two_stage(0.7, begin=1),
+            two_stage(target_ess(0.5, init_value=0.7), begin=1),
+        ):
+            tx = scale_by_attention(temperature)
+            assert temperatures_of(tx, with_temperature(tx, lam), steps=1) == [0.7]
 
-    def test_a_number_is_where_it_starts_and_what_is_set_stays(self):
-        tx = scale_by_attention(5.0)
+    @pytest.mark.parametrize("given", [5.0, np.float32(5.0), np.array(5.0), two_stage(5.0, 0)])
+    def test_a_number_is_where_it_starts_and_what_is_set_stays(self, given):
+        tx = scale_by_attention(given)
         assert temperatures_of(tx, tx.init(None)) == [5, 5, 5]
-        for lam in (-3.0, np.inf, -np.inf):
-            assert temperatures_of(tx, with_temperature(tx, lam)) == [lam] * 3
+        assert temperatures_of(tx, with_temperature(tx, -3.0)) == [-3, -3, -3]
 
     def test_what_is_set_in_float32_stays_under_x64(self, x64):
         tx = scale_by_attention(0.7)
@@ -312,8 +278,12 @@ class TestTheLeafIsLambda:
 
     @pytest.mark.parametrize(
         ("given", "expected"),
-        [(optax.linear_schedule(5.0, 1.0, 4), [4, 3, 2]), (jnp.float32(5), [5, 5, 5])],
-        ids=["schedule", "array"],
+        [
+            (optax.linear_schedule(5.0, 1.0, 4), [4, 3, 2]),
+            (jnp.float32(5), [5, 5, 5]),
+            (two_stage(lambda count: 5.0, 0), [5, 5, 5]),
+        ],
+        ids=["schedule", "array", "stage_of_schedule"],
     )
     def test_under_a_schedule_or_an_array_it_lasts_one_step(self, given, expected):
         tx = scale_by_attention(given)
@@ -323,26 +293,14 @@ class TestTheLeafIsLambda:
         weights, _ = attend(tx, LOSSES[0], state)
         chex.assert_trees_all_equal(weights, attend(scale_by_attention(-3.0), LOSSES[0], state)[0])
 
-    @pytest.mark.parametrize("begin", [None, 0])
-    def test_an_automatic_one_goes_on_from_it(self, begin):
-        temperature, other = target_ess(0.5), target_ess(0.5, init_value=-3.0)
-        if begin is not None:
-            temperature, other = two_stage(temperature, begin), two_stage(other, begin)
-        tx, other = scale_by_attention(temperature), scale_by_attention(other)
+    @pytest.mark.parametrize("stage", [lambda t: t, lambda t: two_stage(t, 0)])
+    def test_an_automatic_one_goes_on_from_it(self, stage):
+        tx = scale_by_attention(stage(target_ess(0.5)))
+        other = scale_by_attention(stage(target_ess(0.5, init_value=-3.0)))
         lams = temperatures_of(tx, with_temperature(tx, -3.0))
         assert lams == temperatures_of(other, other.init(None))
         assert lams[0] < 0
         assert lams[0] != -3
-
-    def test_models_of_one_program_have_each_its_own(self):
-        lams = jnp.array([1.0, 2.0, 5.0])
-        states = jax.vmap(lambda lam: scale_by_attention(lam).init(None))(lams)
-        tx = scale_by_attention(5.0)
-        step = jax.jit(jax.vmap(lambda state: attend(tx, LOSSES[0], state)))
-        for _ in range(3):
-            weights, states = step(states)
-            np.testing.assert_array_equal(get_temperature(states), lams)
-        assert len(np.unique(weights[:, 0])) == 3
 
     @pytest.mark.parametrize("second", SECOND)
     def test_a_second_stage_begins_after_a_restore_with_an_earlier_one(self, second):
@@ -362,7 +320,7 @@ class TestTheLeafIsLambda:
         tx = scale_by_attention(two_stage(-3.0, begin=3))
         assert temperatures_of(tx, state) == [-np.inf, -3, -3]
 
-    @pytest.mark.parametrize("lam", [np.inf, -np.inf, 1e30])
+    @pytest.mark.parametrize("lam", [np.inf, 1e30])
     @pytest.mark.parametrize("second", [5.0, target_ess(0.5, init_value=5.0)])
     def test_inf_restarts_a_second_stage(self, second, lam):
         tx = scale_by_attention(two_stage(second, begin=1))
@@ -376,7 +334,6 @@ class TestTheLeafIsLambda:
         ("given", "expected"),
         [
             (jnp.inf, [np.inf, np.inf, np.inf]),
-            (-np.inf, [-np.inf, -np.inf, -np.inf]),
             (lambda count: jnp.float32(-jnp.inf), [-np.inf, -np.inf, -np.inf]),
             (two_stage(5.0, begin=2), [np.inf, np.inf, 5]),
             (two_stage(-5.0, begin=2), [-np.inf, -np.inf, -5]),
@@ -401,96 +358,25 @@ GIVEN = {
 }
 
 
-def in_calls(tx):
-    step = jax.jit(lambda *args: update(tx, *args), donate_argnums=(0, 1))
-
-    def train(params):
-        carry = params, tx.init(params)
-        for losses in LOSSES:
-            carry = step(*carry, losses)
-        carry = update(tx, *carry, LOSSES[0])  # outside jit, too, the state shares nothing
-        step(*carry, LOSSES[0])
-
-    return train
-
-
-def in_loop(loop):
-    def start(tx):
-        jitted = jax.jit(functools.partial(loop, tx), donate_argnums=0)
-        return lambda params: jitted((params, tx.init(params)))
-
-    return start
-
-
-@in_loop
-def in_scan(tx, carry):
-    return jax.lax.scan(lambda carry, losses: (update(tx, *carry, losses), None), carry, LOSSES)
-
-
-@in_loop
-def in_fori_loop(tx, carry):
-    losses = jnp.asarray(LOSSES)
-    return jax.lax.fori_loop(0, 4, lambda i, carry: update(tx, *carry, losses[i]), carry)
-
-
-def in_nnx(tx):
-    @nnx.jit(donate_argnums=(0, 1))
-    def step(model, optimizer, losses):
-        _, sums = slopes_and_sums(losses, optimizer.opt_state)
-        optimizer.update(model, nnx.state(model, nnx.Param), sums=sums)
-
-    def train(params):
-        model = nnx.Dict({k: nnx.Param(p) for k, p in params.items()})
-        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
-        for losses in LOSSES:
-            step(model, optimizer, losses)
-
-    return train
-
-
-def in_apply_if_finite(tx):
-    return in_calls(optax.apply_if_finite(tx, 3))
-
-
-def in_multi_steps(tx):
-    """The sums beside the parameters, and donated with them."""
-
-    def update_both(opt, params, opt_state, losses):
-        _, sums = slopes_and_sums(losses, opt_state)
-        updates, opt_state = opt.update(params | {"sums": sums}, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    opt = optax.MultiSteps(tx, 2)
-    step = jax.jit(functools.partial(update_both, opt), donate_argnums=(0, 1))
-
-    def train(params):
-        carry = params | {"sums": zero_sums()}
-        carry = carry, opt.init(carry)
-        for losses in LOSSES:
-            carry = step(*carry, losses)
-
-    return train
-
-
-@pytest.mark.parametrize(
-    ("given", "loop"),
-    [
-        *((given, in_calls) for given in GIVEN),
-        # What a loop does with a state does not depend on where its λ is from.
-        *itertools.product(
-            ["as_it_is", "init_value"],
-            [in_scan, in_fori_loop, in_nnx, in_apply_if_finite, in_multi_steps],
-        ),
-    ],
-)
-def test_the_state_can_be_donated(given, loop):
+@pytest.mark.parametrize("given", GIVEN)
+def test_the_state_can_be_donated(given):
     lam = jnp.float32(5.0)
-    train = loop(GIVEN[given](lam))
+    tx = GIVEN[given](lam)
+    step = jax.jit(lambda *args: update(tx, *args), donate_argnums=(0, 1))
     for _ in range(2):
         params = jax.tree.map(jnp.array, PARAMS)
-        train(params)
+        carry = step(params, tx.init(params), LOSSES[0])
+        carry = update(tx, *carry, LOSSES[0])  # outside jit, too, the state shares nothing
+        step(*carry, LOSSES[0])
         assert params["w"].is_deleted()
         assert lam == 5.0  # still there
+
+
+def test_the_sums_can_be_donated():
+    """They share nothing."""
+    zeros = zero_sums()
+    jax.jit(lambda sums: jax.tree.map(jnp.negative, sums), donate_argnums=0)(zeros)
+    assert all(x.is_deleted() for x in zeros)
 
 
 @pytest.mark.parametrize("lam", [1.0, -1.0, jnp.inf])

@@ -24,28 +24,26 @@ ROWS = P(None, "batch")
 SPECS = (*[ROWS] * 3, P(), P())  # of a batch
 
 
-@pytest.fixture(params=[(np.float64, 1e-12), (np.float32, 1e-5)], ids=["float64", "float32"])
-def precision(request):
-    """A dtype and the tolerance in it."""
-    dtype, _ = request.param
-    jax.config.update("jax_enable_x64", dtype == np.float64)
-    yield request.param
-    jax.config.update("jax_enable_x64", False)
+TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
+in_both_precisions = pytest.mark.parametrize("dtype", TOLERANCES)
 
 
 def check(
     train,
-    precision,
     place=lambda params, batches: (params, batches),
+    *,
+    dtype="float64",
+    tolerance=None,
     temperatures=None,
     expected=EXPECTED,
 ):
     """Holds ``train(params, batches, temperature)`` to NumPy's run, at each temperature."""
-    dtype, tolerance = precision
+    tolerance = tolerance or TOLERANCES[dtype]
     # In float32, where rounding is tested, automatic ones alone: they do all that fixed ones do.
-    for temperature in temperatures or TEMPERATURES[2 if dtype == np.float32 else 0 :]:
-        placed = place(*layouts.problem(dtype))
-        params, state = train(*placed, jax.tree.map(dtype, temperature))
+    for temperature in temperatures or TEMPERATURES[2 if dtype == "float32" else 0 :]:
+        with jax.enable_x64(dtype == "float64"):
+            placed = place(*layouts.problem(dtype))
+            params, state = train(*placed, jax.tree.map(np.dtype(dtype).type, temperature))
         expected_params, lam, baseline = expected[temperature]
         for k, e in expected_params.items():
             np.testing.assert_allclose(
@@ -108,43 +106,31 @@ if hasattr(optax, "microbatch"):
 
 
 @pytest.mark.parametrize("form", LOSSES)
-def test_one_device(form, precision):
-    # A closure's V differs from the newest one by more than float32 has digits for.
-    if form == "closure" and precision[0] == np.float32:
-        precision = np.float32, 1e-4
+def test_one_device(form):
     # What was tuned after the closure was made is unknown to it.
     temperatures = TEMPERATURES[:2] if form == "closure" else None
-    check(jax.jit(LOSSES[form]), precision, temperatures=temperatures)
+    check(jax.jit(LOSSES[form]), temperatures=temperatures)
 
 
-@pytest.mark.parametrize(
-    ("gradient", "penalty"),
-    [
-        (lambda p: layouts.PENALTY * p, lambda p: layouts.PENALTY / 2 * jnp.sum(p**2)),
-        (
-            lambda p: layouts.PENALTY * np.where(p >= 0, 1, -1),
-            lambda p: layouts.PENALTY * jnp.sum(jnp.abs(p)),
-        ),
-        (
-            lambda p: layouts.PENALTY * (p - 1),
-            lambda p: layouts.PENALTY / 2 * jnp.sum((p - 1) ** 2),
-        ),
-    ],
-    ids=["l2", "l1", "anchor"],
-)
-@pytest.mark.parametrize("leaves", ["net", "all"])
-def test_a_penalty_has_its_gradient_times_the_scale(gradient, penalty, leaves):
-    """Also one on the sums beside the parameters."""
+@pytest.mark.parametrize("form", ["weighted_mean", "micro_batches_by_hand", "beside"])
+def test_one_device_in_float32(form):
+    check(jax.jit(LOSSES[form]), dtype="float32")
 
-    def of_tree(params):
+
+@pytest.mark.parametrize(("leaves", "anchor"), [("net", 0), ("all", 1)])
+def test_a_penalty_has_its_gradient_times_the_scale(leaves, anchor):
+    """Also one on the sums beside the parameters, where its gradient isn't 0."""
+
+    def penalty(params):
         net = params["net"] if leaves == "net" else params
-        return sum(map(penalty, jax.tree.leaves(net)))
+        squares = (jnp.sum((p - anchor) ** 2) for p in jax.tree.leaves(net))
+        return layouts.PENALTY / 2 * sum(squares)
 
+    gradient = lambda p: layouts.PENALTY * (p - anchor)  # noqa: E731
     expected = {t: layouts.expected(t, gradient) for t in TEMPERATURES}
-    gradients = functools.partial(layouts.gradients, penalty=of_tree)
+    gradients = functools.partial(layouts.gradients, penalty=penalty)
     train = layouts.beside(functools.partial(layouts.train, gradients=gradients))
-    with jax.enable_x64(True):
-        check(jax.jit(train), (np.float64, 1e-11), expected=expected)
+    check(jax.jit(train), tolerance=1e-11, expected=expected)
 
 
 def test_a_norm_of_all_leaves_shows():
@@ -165,7 +151,8 @@ def test_a_norm_of_all_leaves_shows():
     ("model", "axis_type"),
     [(None, AxisType.Explicit), ("model", AxisType.Auto), ("model", AxisType.Explicit)],
 )
-def test_jit(model, axis_type, precision):
+@in_both_precisions
+def test_jit(model, axis_type, dtype):
     shape, names = ((8,), ("batch",)) if model is None else ((4, 2), ("batch", model))
     mesh = jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
     # A contraction over a sharded axis leaves it to the caller where its result goes.
@@ -173,10 +160,11 @@ def test_jit(model, axis_type, precision):
     gradients = functools.partial(layouts.gradients, out_sharding=out_sharding)
     with jax.set_mesh(mesh):
         train = jax.jit(functools.partial(layouts.train, gradients=gradients))
-        check(train, precision, functools.partial(put, mesh, model))
+        check(train, functools.partial(put, mesh, model), dtype=dtype)
 
 
-def test_padding(precision):
+@in_both_precisions
+def test_padding(dtype):
     """Rows without weight fill a batch up to a multiple of the devices, whatever is in them."""
     mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
 
@@ -188,7 +176,7 @@ def test_padding(precision):
         )
         return put(mesh, None, params, (*rows, counts, totals))
 
-    check(jax.jit(layouts.train), precision, pad)
+    check(jax.jit(layouts.train), pad, dtype=dtype)
 
 
 def split(params, batches):
@@ -213,15 +201,15 @@ MAPPED = {"in_axes": (None, (1, 1, 1, None, None), None), "axis_name": "batch"}
 
 
 @pytest.mark.parametrize("form", ["argument", "beside"])
-def test_pmap(form, precision):
+def test_pmap(form):
     train = layouts.spread("batch", varying=False)
     train = jax.pmap(layouts.beside(train) if form == "beside" else train, **MAPPED)
-    check(one_state(train), precision, split)
+    check(one_state(train), split)
 
 
-def test_vmap_with_a_name(precision):
+def test_vmap_with_a_name():
     train = jax.jit(jax.vmap(layouts.spread("batch", varying=False), **MAPPED))
-    check(one_state(train), precision, split)
+    check(one_state(train), split)
 
 
 def test_independent_models_under_pmap():
@@ -231,12 +219,12 @@ def test_independent_models_under_pmap():
         params, states = jax.pmap(layouts.train, in_axes=(None, None, 0))(*layouts.problem(), lams)
         for i, lam in enumerate(lams):
             one = jax.tree.map(lambda x, i=i: jnp.asarray(np.asarray(x)[i]), (params, states))
-            check(lambda *_, one=one: one, (np.float64, 1e-12), temperatures=[float(lam)])
+            check(lambda *_, one=one: one, temperatures=[float(lam)])
 
 
 @pytest.mark.parametrize("form", ["argument", "beside"])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
-def test_shard_map(check_vma, form, precision):
+def test_shard_map(check_vma, form):
     axes = ("host", "chip")
     mesh = jax.make_mesh((4, 2), axes, axis_types=(AxisType.Auto,) * 2)
     train = layouts.spread(axes)
@@ -247,11 +235,11 @@ def test_shard_map(check_vma, form, precision):
         out_specs=P(),
         check_vma=check_vma,
     )
-    check(jax.jit(train), precision)
+    check(jax.jit(train))
 
 
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
-def test_losses_repeated_over_an_axis(check_vma, precision):
+def test_losses_repeated_over_an_axis(check_vma):
     mesh = jax.make_mesh((4, 2), ("batch", "model"), axis_types=(AxisType.Auto,) * 2)
     train = jax.shard_map(
         layouts.spread(("batch", "model"), rows="batch"),
@@ -260,7 +248,7 @@ def test_losses_repeated_over_an_axis(check_vma, precision):
         out_specs=P(),
         check_vma=check_vma,
     )
-    check(jax.jit(train), precision)
+    check(jax.jit(train))
 
 
 @pytest.mark.parametrize("k", [1, 8])
@@ -269,8 +257,7 @@ def test_multi_steps(k):
     train = layouts.beside(
         functools.partial(layouts.train, wrap=lambda tx: optax.MultiSteps(tx, every_k_schedule=k))
     )
-    with jax.enable_x64(True):
-        check(jax.jit(train), (np.float64, 1e-5), functools.partial(layouts.split_steps, k))
+    check(jax.jit(train), functools.partial(layouts.split_steps, k), tolerance=1e-5)
 
 
 @pytest.fixture(scope="module")

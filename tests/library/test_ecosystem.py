@@ -148,10 +148,6 @@ WRAPPERS = {
     "named_chain": Wrapper(lambda head, tree: optax.named_chain(("head", head), ("sgd", SGD))),
     "clip_behind": Wrapper(lambda head, tree: optax.chain(head, CLIP, SGD)),
     "clip_in_front": Wrapper(lambda head, tree: optax.chain(CLIP, head, SGD)),
-    "noise_behind": Wrapper(
-        lambda head, tree: optax.chain(head, optax.add_noise(0.1, 0.55, key=jax.random.key(0)), SGD)
-    ),
-    "ema_behind": Wrapper(lambda head, tree: optax.chain(head, optax.ema(0.9), SGD)),
     "masked": Wrapper(lambda head, tree: optax.chain(optax.masked(head, tree(W, True)), SGD)),
     "freeze": Wrapper(
         lambda head, tree: optax.chain(head, SGD, optax.transforms.freeze(tree(B, False)))
@@ -185,7 +181,6 @@ WRAPPERS = {
     "flatten": Wrapper(
         lambda head, tree: optax.flatten(optax.chain(head, SGD)), forms=("argument",)
     ),
-    "flatten_behind": Wrapper(lambda head, tree: optax.chain(head, optax.flatten(SGD))),
     "inject_hyperparams": Wrapper(
         lambda head, tree: optax.inject_hyperparams(
             lambda learning_rate: optax.chain(head, optax.sgd(learning_rate, 0.9))
@@ -194,17 +189,8 @@ WRAPPERS = {
     "schedule_free": Wrapper(
         lambda head, tree: optax.contrib.schedule_free(optax.chain(head, optax.sgd(RATE)), RATE)
     ),
-    "mechanize": Wrapper(
-        lambda head, tree: optax.contrib.mechanize(optax.chain(head, SGD), s_init=0.1)
-    ),
-    "lookahead_behind": Wrapper(
-        lambda head, tree: optax.chain(head, optax.lookahead(SGD, 2, 0.5)), start=IN_SYNC
-    ),
     "sam_behind": Wrapper(
         lambda head, tree: optax.chain(head, without_arguments(optax.contrib.sam(SGD, UPHILL)))
-    ),
-    "split_real_and_imaginary_behind": Wrapper(
-        lambda head, tree: optax.chain(head, optax.contrib.split_real_and_imaginary(SGD))
     ),
     # These pass no arguments on.
     "lookahead": Wrapper(
@@ -258,16 +244,9 @@ class TestWrappers:
         plain = expected(functools.partial(wrap, tree=alone), start(PARAMS), LAMS, attends)
         chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
 
-    @pytest.mark.parametrize("name", ["lookahead", "split_real_and_imaginary"])
-    def test_says_what_to_do_where_arguments_are_dropped(self, name):
-        wrap, _, _, start = WRAPPERS[name]
-        tx, params = optax.chain(wrap(scale_by_attention(LAM), alone)), start(PARAMS)
+    def test_says_what_to_do_where_arguments_are_dropped(self):
+        tx = optax.chain(optax.contrib.split_real_and_imaginary(scale_by_attention(LAM)))
         with pytest.raises(TypeError, match=r"sums is missing.*\"sums\": zero_sums\(\)"):
-            tx.update(PARAMS, tx.init(params), params, sums=zero_sums())
-
-    def test_sam_refuses_arguments(self):
-        tx = WRAPPERS["sam"].wrap(scale_by_attention(LAM), alone)
-        with pytest.raises(TypeError, match="unexpected keyword argument 'sums'"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=zero_sums())
 
     def test_sam_around_an_infinite_temperature_shows(self):
@@ -287,8 +266,7 @@ class TestWrappers:
         with pytest.raises(TypeError, match="sums is missing"):
             tx.update(params, tx.init(params), params)
 
-    @pytest.mark.parametrize("form", FORMS)
-    def test_a_plateau_is_one_of_the_loss(self, form):
+    def test_a_plateau_is_one_of_the_loss(self):
         """At λ < 0 the learning rate doesn't collapse, as it did by a loss that was tilted."""
         plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
         tx = optax.chain(scale_by_attention(-1.0, gamma=GAMMA), optax.sgd(RATE), plateau)
@@ -299,7 +277,7 @@ class TestWrappers:
             updates, opt_state = tx.update(grads, opt_state, params, value=loss, **sums)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        params, losses = FORMS[form](PARAMS, zero_sums()), []
+        params, losses = PARAMS, []
         opt_state = tx.init(params)
         for _ in range(30):
             params, opt_state, loss = step(params, opt_state)
@@ -309,74 +287,6 @@ class TestWrappers:
         plain = expected(lambda head: optax.chain(head, optax.sgd(RATE)), lams=30 * [-1.0])
         chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
 
-    def test_complex_parameters(self):
-        """Split in front of the head or behind it."""
-        params = {"w": jnp.linspace(-0.5, 1.0, 8) + 1j, "b": jnp.complex64(0.3 - 0.2j)}
-
-        def losses_of(params):
-            return jnp.square(jnp.abs(jnp.sum(X * params["w"], axis=1) + params["b"] - Y))
-
-        def train(wrap, tree):
-            tx = wrap(scale_by_attention(LAM, gamma=GAMMA))
-            at, opt_state = tree(params, zero_sums()), tx.init(tree(params, zero_sums()))
-            for _ in range(3):
-                grads, sums = jax.grad(
-                    lambda at, sums, s=opt_state: tilt(losses_of(net_of(at)), s, sums or at).mean(),
-                    argnums=(0, 1),
-                )(at, None if "sums" in at else Sums())
-                given = {} if sums is None else {"sums": sums}
-                updates, opt_state = tx.update(grads, opt_state, at, **given)
-                at = optax.apply_updates(at, updates)
-            return net_of(at)
-
-        split, adam = optax.contrib.split_real_and_imaginary, optax.adam(RATE)
-        plain, opt_state, baseline = params, split(adam).init(params), None
-        for _ in range(3):
-            weights, baseline = weigh(losses_of(plain), baseline, LAM, GAMMA)
-            grads = jax.vjp(losses_of, plain)[1](jnp.float32(weights))[0]
-            updates, opt_state = split(adam).update(grads, opt_state, plain)
-            plain = optax.apply_updates(plain, updates)
-        in_front = train(lambda head: split(optax.chain(head, adam)), beside)
-        behind = [train(lambda head: optax.chain(head, split(adam)), f) for f in FORMS.values()]
-        for trained in (in_front, *behind):
-            chex.assert_trees_all_close(trained, plain, rtol=1e-4)
-
-    def test_multi_steps_needs_the_sums_beside(self):
-        """As an argument it passes on the last micro-batch's alone."""
-        tx = scale_by_attention(LAM)
-        micro = optax.MultiSteps(tx, 2)
-        opt_state = micro.init(PARAMS)
-        first, last = (
-            jax.tree.map(jnp.float32, Sums(weight=1, exp=e, excess=e - 1, inverse=1 / LAM))
-            for e in (3.0, 5.0)
-        )
-        for sums in (first, last):
-            _, opt_state = micro.update(PARAMS, opt_state, PARAMS, sums=sums)
-        _, wrong = tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=last)
-        chex.assert_trees_all_close(opt_state.inner_opt_state, wrong)
-
-        both = beside(PARAMS, zero_sums())
-        opt_state = micro.init(both)
-        for sums in (first, last):
-            _, opt_state = micro.update(beside(PARAMS, sums), opt_state, both)
-        mean = jax.tree.map(lambda a, b: (a + b) / 2, first, last)
-        _, right = tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=mean)
-        chex.assert_trees_all_close(opt_state.inner_opt_state, right, rtol=1e-6)
-        assert right.baseline != wrong.baseline
-
-    def test_an_average_of_the_parameters(self):
-        tx, ema = absgd(RATE, LAM, gamma=GAMMA), optax.ema(0.9)
-        params = beside(PARAMS, zero_sums())
-        opt_state, ema_state, path = tx.init(params), ema.init(params), []
-        for _ in range(3):
-            _, grads, _ = value_and_grad(params, opt_state)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-            average, ema_state = ema.update(params, ema_state)
-            path.append(params["net"])
-        mean = jax.tree.map(lambda a, b, c: (0.81 * a + 0.9 * b + c) / (0.81 + 0.9 + 1), *path)
-        chex.assert_trees_all_close(average, beside(mean, zero_sums()), rtol=1e-6)
-
 
 MATRIX = {"w": jnp.linspace(-0.5, 1.0, 8).reshape(4, 2), "b": jnp.full([1], 0.3)}
 
@@ -385,38 +295,22 @@ def of_rate(make, **kwargs):
     return lambda: make(RATE, **kwargs)
 
 
-# Every optimizer of optax but those that ask for more than the gradient and the loss of a batch.
+# Of each kind one: by leaves, by their norms, by those of all, by the loss, by matrices.
 OPTIMIZERS = {
-    name: of_rate(getattr(optax, name))
-    for name in (
-        *("adabelief", "adadelta", "adagrad", "adam", "adamax", "adamaxw", "adamw", "adan"),
-        *("amsgrad", "fromage", "lamb", "lars", "lion", "nadam", "nadamw", "novograd"),
-        *("optimistic_adam_v2", "optimistic_gradient_descent", "polyak_sgd"),
-        *("radam", "rmsprop", "rprop", "sgd", "sign_sgd", "signum", "sm3", "yogi"),
-    )
-    if hasattr(optax, name)  # not all are in the oldest optax that is tested
-}
-OPTIMIZERS |= {
-    f"contrib.{name}": of_rate(getattr(optax.contrib, name))
-    for name in (
-        *("acprop", "ademamix", "adopt", "dowg", "madgrad", "momo", "momo_adam", "muon"),
-        *("schedule_free_adamw", "schedule_free_sgd", "simplified_ademamix"),
-    )
-    if hasattr(optax.contrib, name)
-}
-OPTIMIZERS |= {
+    "adamw": of_rate(optax.adamw),
+    "lion": of_rate(optax.lion),
+    "lamb": of_rate(optax.lamb),
+    "sm3": of_rate(optax.sm3),
+    "polyak_sgd": of_rate(optax.polyak_sgd),
     "adafactor": of_rate(optax.adafactor, min_dim_size_to_factor=2),
     "lbfgs": of_rate(optax.lbfgs, linesearch=None),
-    "noisy_sgd": of_rate(optax.noisy_sgd, key=0),
-    "contrib.cocob": optax.contrib.cocob,
-    # From the defaults, of 1e-6, they take more than these few steps to get anywhere.
-    "contrib.dog": lambda: optax.contrib.dog(100.0),
-    "contrib.dadapt_adamw": of_rate(optax.contrib.dadapt_adamw, estim_lr0=0.1),
-    "contrib.prodigy": of_rate(optax.contrib.prodigy, estim_lr0=0.1),
-    "contrib.mechanize": lambda: optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1),
+    "muon": of_rate(optax.contrib.muon),
+    "momo": of_rate(optax.contrib.momo),
+    "cocob": optax.contrib.cocob,
+    # From the default, of 1e-6, it takes more than these few steps to get anywhere.
+    "prodigy": of_rate(optax.contrib.prodigy, estim_lr0=0.1),
+    "mechanize": lambda: optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1),
 }
-if hasattr(optax.contrib, "galore"):
-    OPTIMIZERS["contrib.galore"] = of_rate(optax.contrib.galore, rank=1)
 
 
 # Compiled once for all optimizers, which differ in what stands behind the head.
@@ -505,26 +399,6 @@ class TestNNX:
         nnx.jit(nnx.vmap(lambda *both: train(both)))(model, optimizer)
         for i, lam in enumerate(lams):
             assert_trained(model.kernel[i], model.bias[i], 6 * [lam])
-
-    def test_sums_beside_the_state(self):
-        model, _ = nnx_model(LAM)
-        graphdef, state = nnx.split(model)
-        tx = absgd(RATE, LAM, gamma=GAMMA)
-
-        @jax.jit
-        def step(params, opt_state):
-            def loss_fn(params):
-                return linear_loss(nnx.merge(graphdef, params["net"]), opt_state, params)
-
-            updates, opt_state = tx.update(jax.grad(loss_fn)(params), opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        params = beside(state, zero_sums())
-        opt_state = tx.init(params)
-        for _ in range(6):
-            params, opt_state = step(params, opt_state)
-        nnx.update(model, params["net"])
-        assert_trained(model.kernel[...], model.bias[...])
 
 
 class TestLinen:
@@ -634,7 +508,7 @@ class TestOrbax:
 
         return jax.jit(step, out_shardings=self.shardings(devices))
 
-    @pytest.mark.parametrize("devices", [8, 4, 1])
+    @pytest.mark.parametrize("devices", [8, 4])
     def test_onto_devices(self, devices, tmp_path):
         before, after = self.stepper(8), self.stepper(devices)
         params = beside(PARAMS, zero_sums())
@@ -666,58 +540,3 @@ class TestOrbax:
         model, optimizer = fresh
         assert_trained(model.kernel[...], model.bias[...])
         assert optimizer.step[...] == 6
-
-
-class TestOrbaxAndTheTemperature:
-    """What is restored is the λ of the next step; what the new optimiser makes of it is its own."""
-
-    def train(self, temperature, opt_state=None, steps=4):
-        """λ before every step and after the last, and the state."""
-        tx, lams = absgd(RATE, temperature, gamma=GAMMA), []
-        opt_state = tx.init(PARAMS) if opt_state is None else opt_state
-        for _ in range(steps):
-            lams.append(float(get_temperature(opt_state)))
-            _, grads, sums = value_and_grad(PARAMS, opt_state)
-            _, opt_state = tx.update(grads, opt_state, PARAMS, **sums)
-        return [*lams, float(get_temperature(opt_state))], opt_state
-
-    def restored(self, path, temperature, before, steps=4):
-        """The state of an optimizer of another temperature, which is the state's alone."""
-        _, opt_state = self.train(before, steps=steps)
-        like = absgd(RATE, temperature).init(PARAMS)
-        return through_orbax(path, opt_state, like)
-
-    def test_a_restored_number_wins_over_a_changed_one(self, tmp_path):
-        opt_state = self.restored(tmp_path, 5.0, before=2.0)
-        assert self.train(5.0, opt_state)[0] == [2, 2, 2, 2, 2]
-        opt_state = optax.tree.set(opt_state, temperature=5.0)
-        assert self.train(5.0, opt_state)[0] == [5, 5, 5, 5, 5]
-
-    def test_a_changed_schedule_or_array_wins_after_a_step(self, tmp_path):
-        opt_state = self.restored(tmp_path, 5.0, before=2.0)
-        schedule = optax.linear_schedule(10.0, 0.5, 19)
-        assert self.train(schedule, opt_state, steps=2)[0] == [2, 7.5, 7]
-        assert self.train(jnp.float32(5.0), opt_state, steps=2)[0] == [2, 5, 5]
-
-    def test_a_later_second_stage_goes_back_to_the_first(self, tmp_path):
-        opt_state = self.restored(tmp_path, two_stage(5.0, 6), before=two_stage(5.0, 2))
-        assert self.train(two_stage(5.0, 6), opt_state)[0] == [5, np.inf, 5, 5, 5]
-
-    def test_a_second_stage_that_should_have_begun_begins(self, tmp_path):
-        opt_state = self.restored(tmp_path, two_stage(5.0, 2), before=two_stage(5.0, 100))
-        assert self.train(two_stage(5.0, 2), opt_state)[0] == [np.inf, 5, 5, 5, 5]
-
-    def test_an_automatic_one_goes_on_from_a_number(self, tmp_path):
-        opt_state = self.restored(tmp_path, target_ess(0.9), before=2.0)
-        (first, second, *_), _ = self.train(target_ess(0.9), opt_state)
-        assert first == 2
-        assert second != 2
-        assert 1 <= second <= 4
-        started, _ = self.train(target_ess(0.9, init_value=2.0), steps=1)
-        np.testing.assert_allclose(second, started[1], rtol=1e-6)
-
-    def test_a_number_stays_where_an_automatic_one_was(self, tmp_path):
-        opt_state = self.restored(tmp_path, 5.0, before=target_ess(0.9))
-        reached = float(get_temperature(opt_state))
-        assert reached not in (5, np.inf)
-        assert self.train(5.0, opt_state)[0] == [reached] * 5

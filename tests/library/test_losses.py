@@ -78,22 +78,31 @@ def transcribed(name, logits, labels):
     return np.array([reference(z, y, **n, **rest) for z, y in zip(logits, labels, strict=True)])
 
 
+def check_papers(logits, labels, rtol):
+    """Values, and gradients by the logits that are finite."""
+    step, finite = 1e-6, np.isfinite(logits[0])
+    for name, (values, grads) in value_and_grad(PARTIALS, logits, labels).items():
+        expected = transcribed(name, logits, labels)
+        np.testing.assert_allclose(values, expected, rtol, 1e-15, err_msg=name)
+        np.testing.assert_array_equal(grads[:, ~finite], 0, name)
+        for k in np.flatnonzero(finite):
+            shift = step * np.eye(4)[k]
+            difference = transcribed(name, logits + shift, labels)
+            difference -= transcribed(name, logits - shift, labels)
+            np.testing.assert_allclose(
+                grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
+            )
+
+
 class TestAll:
     def test_values_and_gradients_are_the_papers(self, x64):
-        step = 1e-6
-        for name, (values, grads) in value_and_grad(PARTIALS, LOGITS, LABELS).items():
-            expected = transcribed(name, LOGITS, LABELS)
-            np.testing.assert_allclose(values, expected, 1e-12, 1e-15, err_msg=name)
-            for k, shift in enumerate(step * np.eye(4)):
-                difference = transcribed(name, LOGITS + shift, LABELS)
-                difference -= transcribed(name, LOGITS - shift, LABELS)
-                np.testing.assert_allclose(
-                    grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
-                )
+        check_papers(LOGITS, LABELS, rtol=1e-12)
 
-    @pytest.mark.parametrize("name", ALL)
-    def test_derivatives_in_both_modes(self, name, x64):
-        check_grads(jax.jit(lambda z: ALL[name](z, LABELS)), (jnp.asarray(LOGITS),), order=1)
+    def test_derivatives_in_both_modes(self, x64):
+        def all_of_them(logits):
+            return [loss(logits, LABELS) for loss in ALL.values()]
+
+        check_grads(jax.jit(all_of_them), (jnp.asarray(LOGITS),), order=1)
 
     def test_any_leading_dimensions(self):
         shapes = [(6,), (2, 3), (1, 3, 2)]
@@ -108,12 +117,6 @@ class TestAll:
                 np.testing.assert_allclose(values, expected.reshape(shape), rtol=1e-6, atol=1e-7)
             np.testing.assert_allclose(found[3], expected[0], rtol=1e-6, atol=1e-7)
             assert found[4].shape == (0,)
-
-    def test_vmap(self):
-        args = np.float32(LOGITS), LABELS
-        expected = each(lambda loss, *args: loss(*args), ONE_OF_EACH, *args)
-        mapped = each(lambda loss, *args: jax.vmap(loss)(*args), ONE_OF_EACH, *args)
-        chex.assert_trees_all_close(mapped, expected, rtol=1e-6, atol=1e-7)
 
     def test_one_hot_labels_are_integer_labels(self, x64):
         one_hot = value_and_grad(SOFT, LOGITS, np.eye(4)[LABELS])
@@ -159,17 +162,7 @@ class TestAll:
 
     def test_impossible_class(self, x64):
         """0 log 0 is 0, in the gradient, too."""
-        labels, step = np.array([0, 1, 2, 2, 0, 1]), 1e-6
-        for name, (values, grads) in value_and_grad(PARTIALS, IMPOSSIBLE, labels).items():
-            expected = transcribed(name, IMPOSSIBLE, labels)
-            np.testing.assert_allclose(values, expected, 1e-10, 1e-15, err_msg=name)
-            np.testing.assert_array_equal(grads[:, 3], 0, name)
-            for k, shift in enumerate(step * np.eye(4)[:3]):
-                difference = transcribed(name, IMPOSSIBLE + shift, labels)
-                difference -= transcribed(name, IMPOSSIBLE - shift, labels)
-                np.testing.assert_allclose(
-                    grads[:, k], difference / (2 * step), rtol=1e-6, atol=1e-7, err_msg=name
-                )
+        check_papers(IMPOSSIBLE, np.array([0, 1, 2, 2, 0, 1]), rtol=1e-10)
 
     def test_impossible_class_that_distributions_leave_out(self, x64):
         kept = PROBABLE[:, :3]
@@ -276,9 +269,8 @@ class TestAll:
 
 
 class TestBalancedSoftmax:
-    @pytest.mark.parametrize("count", [0, 2])
-    def test_impossible_class_without_examples(self, count, x64):
-        loss = functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, count])
+    def test_impossible_class_without_examples(self, x64):
+        loss = functools.partial(losses.balanced_softmax, class_counts=[60, 25, 9, 0])
         with jax.debug_nans(True):
             values, grads = value_and_grad(loss, IMPOSSIBLE, PROBABLE)
         of_class = [
@@ -288,13 +280,6 @@ class TestBalancedSoftmax:
         prior = COUNTS[:3] * np.exp(LOGITS[:, :3])
         expected = prior / prior.sum(axis=1, keepdims=True) - PROBABLE[:, :3]
         np.testing.assert_allclose(grads, np.pad(expected, [(0, 0), (0, 1)]), rtol=1e-10)
-
-    def test_tau_0_is_cross_entropy(self, x64):
-        values, expected = values_of(
-            lambda z: losses.balanced_softmax(z, LABELS, class_counts=COUNTS, tau=0),
-            lambda z: optax.softmax_cross_entropy(z, np.eye(4)[LABELS]),
-        )
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
 
     def test_frequencies_do_as_well_as_counts(self, x64):
         counts = np.array([60, 25, 9, 0])
@@ -336,14 +321,6 @@ class TestBalancedSoftmax:
         np.testing.assert_array_equal(grads[::2, 3], 0)
         assert np.all(grads[1::2, 3] != 0)
 
-    def test_tau_may_be_traced(self):
-        def of(tau):
-            return losses.balanced_softmax(LOGITS, LABELS, class_counts=COUNTS, tau=tau)
-
-        expected = jax.jit(lambda: [of(0.5), of(2.0)])()
-        values = jax.jit(jax.vmap(of))(jnp.array([0.5, 2.0]))
-        np.testing.assert_allclose(values, expected, rtol=1e-6)
-
 
 class TestArb:
     def test_batch_counts_are_the_papers(self, x64):
@@ -358,17 +335,8 @@ class TestArb:
         )
         np.testing.assert_allclose(values.ravel(), expected, rtol=1e-12)
 
-    @pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["integers", "distributions"])
-    def test_with_class_counts_is_balanced_softmax_exactly(self, labels):
-        both = [
-            functools.partial(loss, class_counts=COUNTS)
-            for loss in (losses.arb, losses.balanced_softmax)
-        ]
-        chex.assert_trees_all_equal(*value_and_grad(both, LOGITS, labels))
-
-    @pytest.mark.parametrize("size", [1.0, 10.0, 30.0])
-    def test_agrees_with_the_authors_inside_their_clamp(self, size):
-        logits = np.random.default_rng(1).uniform(-size, size, (2000, 4)).astype(np.float32)
+    def test_agrees_with_the_authors_inside_their_clamp(self):
+        logits = np.random.default_rng(1).uniform(-30, 30, (2000, 4)).astype(np.float32)
         labels = np.random.default_rng(2).choice(4, 2000, p=[0.7, 0.2, 0.09, 0.01])
         counts = np.bincount(labels, minlength=4)
         logits64 = logits.astype(np.float64)
@@ -376,7 +344,7 @@ class TestArb:
         errors = np.abs(jax.jit(losses.arb)(logits, labels) - np.array(expected))
         assert np.all(errors < 1e-6 * np.maximum(expected, 1))
 
-    @pytest.mark.parametrize("counts", [[3, 3, 3], [9, 2, 1], [50, 1, 1], [7, 5, 0]])
+    @pytest.mark.parametrize("counts", [[3, 3, 3], [9, 2, 1], [7, 5, 0]])
     def test_attraction_equals_repulsion_at_equal_logits(self, counts, x64):
         labels = np.repeat([0, 1, 2], counts)
         logits = np.full((labels.size, 3), 0.3)
@@ -434,13 +402,6 @@ class TestArb:
 
 
 class TestLdam:
-    def test_without_margin_is_scaled_cross_entropy(self, x64):
-        values, expected = values_of(
-            lambda z: losses.ldam(z, LABELS, class_counts=COUNTS, max_margin=0.0, scale=3.0),
-            lambda z: optax.softmax_cross_entropy(3 * z, np.eye(4)[LABELS]),
-        )
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
-
     def test_class_without_examples_has_the_margin_of_the_rarest(self, x64):
         with_none, rarest = (
             functools.partial(losses.ldam, class_counts=[60, 25, 9, n]) for n in (0, 9)
@@ -461,7 +422,7 @@ class TestNormalizedLogits:
         np.testing.assert_allclose(logits, np.reshape(expected, (2, 3, 3)), rtol=1e-12)
         check_grads(normalized_logits, (jnp.asarray(LOGITS), jnp.asarray(kernel)), order=1)
 
-    @pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e15, 1e30, 3e38])
+    @pytest.mark.parametrize("scale", [1e-37, 1e15, 3e38])
     def test_of_any_scale(self, scale):
         rng = np.random.default_rng(2)
         x = rng.uniform(-1, 1, (3, 4)).astype(np.float32) * np.float32(scale)
@@ -510,13 +471,6 @@ class TestNormalizedLogits:
 
 
 class TestFocal:
-    def test_gamma_0_is_cross_entropy(self, x64):
-        values, expected = values_of(
-            lambda z: losses.focal(z, MIXED, gamma=0),
-            lambda z: optax.softmax_cross_entropy(z, MIXED),
-        )
-        np.testing.assert_allclose(values, expected, rtol=1e-12)
-
     def test_certainty_with_a_small_gamma(self):
         logits = np.array([[200.0, 0, 0, 0]], np.float32)
         with jax.debug_nans(True):
@@ -573,12 +527,6 @@ class TestSymmetricCrossEntropy:
         expected = -0.5 * (labels * np.log(p)).sum(-1) - 2 * (p * log_q).sum(-1)
         np.testing.assert_allclose(values, expected, rtol=1e-12)
 
-    def test_reverse_term_is_bounded(self):
-        logits = np.array([[-1e4, 1e4, 0, 0]], np.float32)
-        bounded = functools.partial(losses.symmetric_cross_entropy, alpha=0.0, log_zero=-7.0)
-        value, _ = value_and_grad(bounded, logits, np.array([0]))
-        np.testing.assert_allclose(value, 7.0)
-
 
 class TestGeneralizedCrossEntropy:
     def test_meets_cross_entropy_and_absolute_error(self):
@@ -593,42 +541,18 @@ class TestGeneralizedCrossEntropy:
         half_absolute_error = np.abs(softmax - one_hot).sum(axis=-1) / 2
         np.testing.assert_allclose(large, half_absolute_error, rtol=1e-5)
 
-    def test_truncated_is_constant_below_and_never_negative(self):
-        probabilities = np.array([0.01, 0.2, 0.49, 0.51, 0.8, 0.99], np.float32)
-        logits = np.log(np.stack([probabilities, 1 - probabilities], axis=-1))
-        labels = np.zeros(6, int)
-        truncated = functools.partial(losses.generalized_cross_entropy, truncation=0.5)
-        (values, grads), plain = value_and_grad(
-            [truncated, losses.generalized_cross_entropy], logits, labels
-        )
-        np.testing.assert_allclose(values[:3], (1 - 0.5**0.7) / 0.7, rtol=1e-6)
-        np.testing.assert_array_equal(grads[:3], 0)
-        np.testing.assert_array_equal(values[3:], plain[0][3:])
-        np.testing.assert_array_equal(grads[3:], plain[1][3:])
-        assert np.all(values >= 0)
-
 
 class TestWeights:
-    @pytest.mark.parametrize("beta", [0.0, 0.9, 0.9999, 0.999999])
-    def test_class_balanced(self, beta):
-        counts = np.array([5000, 300, 20, 1])
-        expected = (1 - beta) / (1 - beta**counts)
-        expected *= 4 / expected.sum()
-        weights = losses.class_balanced_weights(counts, beta=beta)
-        np.testing.assert_allclose(weights, expected, rtol=1e-5)
-
-    @pytest.mark.parametrize("beta", [1 - 1e-15, 1])
-    def test_class_balanced_nears_inverse_frequencies(self, beta):
-        counts = np.array([10**11, 10**10, 10**9])  # beyond int32
-        weights = losses.class_balanced_weights(counts, beta=beta)
-        expected = (1 / counts) * 3 / (1 / counts).sum()
-        np.testing.assert_allclose(weights, expected, rtol=1e-6 if beta == 1 else 1e-3)
-
     @pytest.mark.parametrize("beta", [0.0, 0.9, 1 - 1e-9, 1.0])
     @pytest.mark.parametrize(
-        "counts", [[1e-30, 1e9], [1e-30, 2e-30, 1e9], [1e-30, 3e-30], [1e25, 1e30], [0, 1e-12, 0.5]]
+        "counts",
+        [
+            [5000, 300, 20, 1],
+            [10**11, 10**10, 10**9],  # beyond int32
+            *([1e-30, 2e-30, 1e9], [1e25, 1e30], [0, 1e-12, 0.5]),
+        ],
     )
-    def test_class_balanced_of_any_counts(self, counts, beta):
+    def test_class_balanced(self, counts, beta):
         met = np.array(counts)
         met[met == 0] = met[met > 0].min()
         log_beta = np.log1p(beta - 1) if beta else -np.inf
@@ -637,13 +561,8 @@ class TestWeights:
         with jax.debug_nans(True):
             weights = losses.class_balanced_weights(counts, beta=beta)
         np.testing.assert_allclose(weights, expected, rtol=1e-5, atol=1e-37)
-        schedule = losses.deferred_weights(counts, start=1)
+        schedule = losses.deferred_weights(np.float32(counts), start=1)
         np.testing.assert_array_equal(schedule(1), np.float32(counts))
-
-    def test_mean_weight_of_the_examples_is_as_documented(self):
-        labels = np.repeat([0, 1], [40, 1])
-        weights = losses.class_balanced_weights(np.bincount(labels), beta=1)
-        assert weights[labels].mean() == pytest.approx(0.1, abs=0.01)
 
     @pytest.mark.parametrize("beta", [0.9999, 1])
     def test_class_without_examples_has_the_weight_of_the_rarest(self, beta):
@@ -660,21 +579,6 @@ class TestWeights:
         expected = np.where(np.arange(6)[:, None] < 3, 1, np.asarray(weights))
         np.testing.assert_array_equal(jax.jit(jax.vmap(schedule))(steps), expected)
         np.testing.assert_array_equal(schedule(2), np.ones(4))
-
-
-@pytest.mark.parametrize(
-    ("argument", "call"),
-    [
-        ("labels", lambda x: losses.focal(np.float32(LOGITS), x)),
-        ("labels", lambda x: losses.running_counts(np.zeros(4, np.float32), x)),
-        ("alpha", lambda x: losses.focal(np.float32(LOGITS), LABELS, alpha=x)),
-        ("class_counts", lambda x: losses.class_balanced_weights(x)),
-    ],
-)
-def test_rows_of_several_lengths(argument, call):
-    message = rf"^{argument} must be an array, got \[\[0\], \[1, 2\]\]; give its rows one length"
-    with pytest.raises(ValueError, match=message):
-        call([[0], [1, 2]])
 
 
 class TestRunningCounts:
@@ -694,13 +598,3 @@ class TestRunningCounts:
         found = jax.vmap(count, axis_name="batch")(LABELS.reshape(3, 2))
         expected = losses.running_counts(np.float32(COUNTS), LABELS)
         np.testing.assert_allclose(found, np.tile(expected, (3, 1)), rtol=1e-6)
-
-    def test_arb_learns_from_batches_of_one(self):
-        counts = np.zeros(4, np.float32)
-        for i in range(2):
-            counts = losses.running_counts(counts, LABELS[i : i + 1])
-        one = LOGITS[1:2], LABELS[1:2]
-        running = functools.partial(losses.arb, class_counts=counts)
-        (_, silent), (_, grads) = value_and_grad([losses.arb, running], *one)
-        np.testing.assert_array_equal(silent, 0)
-        assert np.any(grads != 0)

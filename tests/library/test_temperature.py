@@ -1,6 +1,5 @@
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,15 +7,11 @@ import optax
 import pytest
 
 from absgd_jax import (
-    abadam,
-    absgd,
     get_temperature,
     robust_loss,
     scale_by_attention,
-    Sums,
     target_ess,
     target_kl,
-    tilt,
     two_stage,
     zero_sums,
 )
@@ -41,34 +36,18 @@ def reached(losses, lam):
     return divergences(np.exp(z - z.max()))
 
 
-def masked_mean(where):
-    return lambda x: jnp.sum(x, where=where) / jnp.maximum(jnp.sum(where, dtype=x.dtype), 1)
-
-
-def tune_all(temperature, batches, first=None, where=None):
-    """λ before each batch, and after the last one."""
-    tx = scale_by_attention(temperature)
+@functools.partial(jax.jit, static_argnums=0)
+def tune_jit(make, init_value, batches, first):
+    tx = scale_by_attention(make(init_value=init_value))
     state = tx.init(None)
     if first is not None:
-        state = state._replace(temperature=jnp.asarray(first, float))
-    mean = jnp.mean if where is None else masked_mean(where)
-
-    def step(state, batch):
-        _, new = attend(tx, batch, state, mean)
-        return new, state.temperature
-
-    state, before = jax.lax.scan(step, state, jnp.asarray(batches))
-    return jnp.append(before, state.temperature)
+        state = state._replace(temperature=jnp.asarray(first, state.baseline.dtype))
+    return follow(tx, batches, state)[1].temperature
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def tune_jit(make, init_value, batches, first, where):
-    return tune_all(make(init_value=init_value), batches, first, where)
-
-
-def tuned(make, batches=BATCHES, *, init_value=np.inf, first=None, where=None):
-    """As ``tune_all``. Of fewer batches it is the beginning."""
-    return np.asarray(tune_jit(make, init_value, batches, first, where))
+def tuned(make, batches=BATCHES, *, init_value=np.inf, first=None):
+    """λ before each batch, and after the last one. Of fewer batches it is the beginning."""
+    return np.asarray(tune_jit(make, init_value, batches, first))
 
 
 def scheduled(temperature, steps):
@@ -96,36 +75,6 @@ class TestGiven:
         np.testing.assert_allclose(weights[-1], 1 / 4, rtol=1e-4)
 
     @pytest.mark.parametrize(
-        ("given", "stays"),
-        [
-            (5.0, True),
-            (np.float32(5.0), True),
-            (np.array(5.0), True),
-            (two_stage(5.0, 0), True),
-            (jnp.float32(5.0), False),
-            (lambda count: 5.0, False),
-            (two_stage(lambda count: 5.0, 0), False),
-        ],
-        ids=["python", "numpy", "array", "stage", "jax", "schedule", "stage_of_schedule"],
-    )
-    def test_what_is_set_is_used_and_a_number_stays(self, given, stays):
-        """By the next loss and its update, without a recompile."""
-        tx = scale_by_attention(given)
-        chex.clear_trace_counter()  # it goes by name
-        jitted = jax.jit(chex.assert_max_traces(lambda losses, s: attend(tx, losses, s), n=1))
-        losses = jnp.asarray(BATCHES[0])
-        _, state = jitted(losses, tx.init(None))
-        state = optax.tree.set(state, temperature=jnp.float32(-2.0))
-        assert get_temperature(state) == -2.0
-        for _ in range(3):
-            _, state = jitted(losses, state)
-            assert get_temperature(state) == (-2.0 if stays else 5.0)
-        weights, _ = jitted(losses, optax.tree.set(tx.init(None), temperature=jnp.float32(-2.0)))
-        start = scale_by_attention(-2.0).init(None)
-        expected, _ = attend(scale_by_attention(-2.0), losses, start)
-        np.testing.assert_array_equal(weights, expected)
-
-    @pytest.mark.parametrize(
         "decay",
         [optax.linear_schedule(5.0, 0.0, 8), optax.cosine_decay_schedule(5.0, 8)],
         ids=["linear", "cosine"],
@@ -150,9 +99,6 @@ class TestGiven:
 
 
 class TestTwoStage:
-    def test_number(self):
-        np.testing.assert_array_equal(scheduled(two_stage(-5.0, 3), 5), [-np.inf] * 3 + [-5] * 2)
-
     def test_schedule_counts_from_its_start(self):
         schedule = optax.linear_schedule(1.0, 3.0, 2)
         found = scheduled(two_stage(schedule, 2), 6)
@@ -196,9 +142,8 @@ class TestTarget:
     @either_sign
     @in_both_ways
     @pytest.mark.parametrize("factor", [0.01, 100.0])
-    @pytest.mark.parametrize("n", [16, 128])
-    def test_settles_within_50_steps(self, make, factor, sign, n):
-        batches = BATCHES[:, :n]
+    def test_settles_within_50_steps(self, make, factor, sign):
+        batches = BATCHES[:, :16]
         settled = np.log(np.abs(tuned(make, batches, first=sign * np.inf)[100:]))
         level, spread = settled.mean(), settled.std()
         lams = tuned(make, batches, first=factor * sign * np.exp(level))[:61]
@@ -226,9 +171,8 @@ class TestTarget:
         np.testing.assert_allclose(np.sum(weights * losses), dual[best], rtol=1e-6)
 
     @pytest.mark.parametrize("scale", [1e-3, 1e3])
-    @pytest.mark.parametrize("shift", [0.0, 5.0])
-    def test_follows_the_scale_of_the_losses_and_not_their_shift(self, scale, shift):
-        moved = np.float32(scale) * (BATCHES + np.float32(shift))
+    def test_follows_the_scale_of_the_losses_and_not_their_shift(self, scale):
+        moved = np.float32(scale) * (BATCHES + np.float32(5))
         actual, expected = tuned(ESS, moved)[1:101], tuned(ESS)[1:101]
         np.testing.assert_allclose(actual / scale, expected, rtol=1e-3)
 
@@ -236,59 +180,32 @@ class TestTarget:
         found = tuned(ESS, -BATCHES, init_value=-np.inf)
         np.testing.assert_allclose(found, -tuned(ESS), rtol=1e-5)
 
-    def test_of_many_at_once(self):
-        def run(fraction):
-            return tune_all(target_ess(fraction), BATCHES)
 
-        fractions, alone = np.float32([0.3, 0.5, 0.9]), jax.jit(run)
-        lams = jax.jit(jax.vmap(run))(fractions)
-        np.testing.assert_allclose(lams, [alone(f) for f in fractions], rtol=1e-4)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def one_step(make, lam, baseline, losses, where):
-    tx = scale_by_attention(make())
-    state = tx.init(None)._replace(temperature=lam, baseline=baseline)
-    mean = jnp.mean if where is None else masked_mean(where)
-    return attend(tx, losses, state, mean)[1].temperature
-
-
-@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("make", "target"), TARGETS.values(), ids=TARGETS)
-@pytest.mark.parametrize("lam", [0.4, 3.0, 1e3, 1e5, -0.4, -3.0, -1e5])
-def test_one_update_is_that_of_the_formula(make, target, lam, masked):
+def test_one_update_is_that_of_the_formula(make, target):
     """In float64, wherever V stands."""
-    where = np.random.default_rng(1).random(128) > 0.4 if masked else None
-    losses = np.where(where, BATCHES[0], np.nan) if masked else BATCHES[0]
-    expected, _ = tune(BATCHES[0][where] if masked else losses, lam, **target)
-    for baseline in (0.0, 1.0):
-        found = one_step(make, jnp.float32(lam), jnp.float32(baseline), losses, where)
-        np.testing.assert_allclose(found, expected, rtol=1e-4)
+    where = np.random.default_rng(1).random(128) > 0.4
+    losses, tx = jnp.where(where, BATCHES[0], jnp.nan), scale_by_attention(make())
 
+    @jax.jit
+    def one_step(lam, baseline):
+        state = tx.init(None)._replace(temperature=lam, baseline=baseline)
+        return attend(tx, losses, state, lambda x: jnp.mean(x, where=where))[1].temperature
 
-DEGENERATE = {
-    "all_equal": np.full(8, 2.5),
-    "one_example": np.array([2.5]),
-    "nan": np.array([1.0, np.nan, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
-    "inf": np.array([1.0, np.inf, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]),
-}
+    for lam in (0.4, 3.0, 1e3, 1e5, -0.4, -3.0, -1e5):
+        expected, _ = tune(BATCHES[0][where], lam, **target)
+        for baseline in (0.0, 1.0):
+            np.testing.assert_allclose(one_step(lam, baseline), expected, rtol=1e-4)
 
 
 class TestDegenerate:
-    @pytest.mark.parametrize("lam", [1.5, -1.5, np.inf, -np.inf])
     @in_both_ways
-    @pytest.mark.parametrize("name", DEGENERATE)
-    def test_batch_leaves_it(self, name, make, lam):
-        losses = DEGENERATE[name].astype(np.float32)
-        assert tuned(make, losses[None], first=lam)[1] == np.float32(lam)
+    @pytest.mark.parametrize("losses", [[2.5] * 8, [2.5], [1.0, np.nan], [1.0, np.inf]])
+    def test_batch_leaves_it(self, losses, make):
+        for lam in (1.5, -1.5, np.inf, -np.inf):
+            assert tuned(make, np.float32([losses]), first=lam)[1] == np.float32(lam)
 
-    @pytest.mark.parametrize("lam", [1.5, -1.5, np.inf])
-    def test_masked_whole(self, lam):
-        after = tuned(ESS, BATCHES[:1], first=lam, where=np.zeros(128, bool))[1]
-        assert after == np.float32(lam)
-
-    @pytest.mark.parametrize("k", [1, 3], ids=["whole", "micro_batches"])
-    @pytest.mark.parametrize("n", [3, 48, 96, 129, 1536, 3000])
+    @pytest.mark.parametrize(("n", "k"), [(3, 1), (129, 3), (1536, 3), (3000, 1)])
     def test_equal_losses_leave_it_whatever_their_sums_round_to(self, n, k):
         """As with any head that starts at zero: all losses are log C."""
 
@@ -308,10 +225,9 @@ class TestDegenerate:
 
     @either_sign
     @in_both_ways
-    @pytest.mark.parametrize("n", [2, 3])
-    def test_targets_out_of_reach_of_a_small_batch(self, n, make, sign):
+    def test_targets_out_of_reach_of_a_small_batch(self, make, sign):
         """Half of two examples is one: λ would fall to 0."""
-        lams = tuned(make, BATCHES[:, :n], init_value=sign * np.inf)
+        lams = tuned(make, BATCHES[:, :2], init_value=sign * np.inf)
         assert np.all(np.abs(lams[50:]) > 0.02)
 
     def test_losses_that_hardly_differ(self):
@@ -324,13 +240,12 @@ class TestDegenerate:
         assert np.isfinite(get_temperature(state))
 
     @pytest.mark.parametrize("others", ["equal", "spread"])
-    @pytest.mark.parametrize("target", [0.6, 0.7])
-    def test_stops_falling_where_ties_make_the_target_unreachable(self, target, others):
+    def test_stops_falling_where_ties_make_the_target_unreachable(self, others):
         """And the losses that come after the ties have their weights back within a few steps."""
         ties = np.zeros((400, 128), np.float32)
         far = np.random.default_rng(4).exponential(size=(400, 32))
         ties[:, 96:] = 3 if others == "equal" else far
-        tx = scale_by_attention(target_ess(target, init_value=-jnp.inf))
+        tx = scale_by_attention(target_ess(0.6, init_value=-jnp.inf))
         weights, states = follow(tx, np.concatenate([ties, BATCHES[:150]]))
         lams = states.temperature
         assert lams[400] < (-0.2 if others == "equal" else -1e-4)
@@ -338,18 +253,17 @@ class TestDegenerate:
             assert lams[400] == lams[100]
         sums = weights.sum(axis=1)
         assert np.all((sums[405:] > 0.3) & (sums[405:] < 2))
-        settled = np.log(-tuned(lambda **kw: target_ess(target, **kw), init_value=-np.inf)[100:])
+        settled = np.log(-tuned(lambda **kw: target_ess(0.6, **kw), init_value=-np.inf)[100:])
         assert abs(np.log(-lams[-1]) - settled.mean()) < 4 * settled.std()
 
-    @pytest.mark.parametrize("target", [0.3, 0.5])
-    def test_does_not_stop_where_outliers_hide_that_it_can_be_reached(self, target):
+    def test_does_not_stop_where_outliers_hide_that_it_can_be_reached(self):
         """40 % gross errors: the weights of the others are all but equal over a decade of λ."""
         rng = np.random.default_rng(5)
         losses = (0.1 * rng.normal(size=(600, 128))) ** 2
         losses[:, :51] += rng.uniform(1, 3, (600, 51)) ** 2
-        lams = tuned(lambda **kw: target_ess(target, **kw), np.float32(losses), init_value=-np.inf)
+        lams = tuned(ESS, np.float32(losses), init_value=-np.inf)
         found = [reached(x, lam)[0] for x, lam in zip(losses[300:], lams[300:], strict=False)]
-        assert 1 / (1 + np.median(found)) == pytest.approx(target, abs=0.02)
+        assert 1 / (1 + np.median(found)) == pytest.approx(0.5, abs=0.02)
 
     @pytest.mark.parametrize("gamma", [0.9, 0.1])
     @pytest.mark.parametrize("largest", [1e3, 1e30])
@@ -371,48 +285,7 @@ def sums_of_weights(batches, gamma):
     return follow(tx, batches)[0].sum(axis=1)
 
 
-X = jnp.asarray(np.random.default_rng(0).normal(size=(128, 3)), jnp.float32)
-Y = jnp.asarray(np.random.default_rng(1).normal(size=128), jnp.float32)
-PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
-
-
-def step(tx, params, opt_state):
-    def loss_fn(params, sums):
-        predictions = jnp.sum(X * params["w"][None], axis=1) + params["b"]
-        return tilt(jnp.square(predictions - Y), opt_state, sums).mean()
-
-    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
-    return optax.apply_updates(params, updates), opt_state
-
-
-def train(tx, steps, params=PARAMS):
-    """The last parameters and state, and every λ."""
-
-    def body(carry, _):
-        return step(tx, *carry), get_temperature(carry[1])
-
-    (params, opt_state), lams = jax.jit(lambda c: jax.lax.scan(body, c, length=steps))(
-        (params, tx.init(params))
-    )
-    return params, opt_state, lams
-
-
 class TestInTheOptimizer:
-    @pytest.mark.parametrize("make", [absgd, abadam])
-    @pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
-    def test_trains_at_the_target(self, make):
-        tx = make(0.02, target_ess(0.7, init_value=-jnp.inf))
-        params, _, lams = train(tx, 200)
-        assert np.all(lams < 0)
-        losses = np.square(np.asarray(X) @ params["w"] + params["b"] - Y)
-        chi2, _ = reached(losses, float(lams[-1]))
-        assert 1 / (1 + chi2) == pytest.approx(0.7, abs=0.02)
-
-    def test_the_plain_stage_is_plain_sgd(self):
-        params, _, _ = train(absgd(0.02, two_stage(ESS(), 20)), 20)
-        chex.assert_trees_all_close(params, train(absgd(0.02, jnp.inf), 20)[0], rtol=1e-6)
-
     def test_debiases(self):
         """The first weighted batch has its own weights, which sum to 1."""
         for temperature in (ESS(init_value=1.0), two_stage(ESS(), 3)):
@@ -420,48 +293,6 @@ class TestInTheOptimizer:
             weights, states = follow(tx, BATCHES[:10])
             first = int(np.argmax(states.averaged[1:] == 1))
             assert weights[first].sum() == pytest.approx(1, rel=1e-5)
-
-    def test_can_be_set_and_goes_on_from_there_without_a_recompile(self):
-        tx = absgd(0.02, ESS())
-        jitted = jax.jit(chex.assert_max_traces(lambda p, s: step(tx, p, s), n=1))
-        params, opt_state = jitted(PARAMS, tx.init(PARAMS))
-        params, opt_state = jitted(params, opt_state)
-        opt_state = optax.tree.set(opt_state, temperature=jnp.float32(-40.0))
-        params, opt_state = jitted(params, opt_state)
-        assert -40.0 < get_temperature(opt_state) <= -20.0
-
-    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-    def test_dtypes(self, dtype):
-        tx = absgd(0.02, KL())
-        params = jax.tree.map(lambda p: p.astype(dtype), PARAMS)
-
-        def body(opt_state, losses):
-            _, sums = slopes_and_sums(losses, opt_state)
-            updates, opt_state = tx.update(params, opt_state, sums=sums)
-            chex.assert_trees_all_equal_dtypes(updates, params)
-            return opt_state, None
-
-        scan = jax.jit(functools.partial(jax.lax.scan, body))
-        opt_state, _ = scan(tx.init(params), jnp.asarray(BATCHES[:20], dtype))
-        assert get_temperature(opt_state).dtype == jnp.float32
-        expected = tuned(KL)[20]
-        np.testing.assert_allclose(get_temperature(opt_state), expected, rtol=0.02)
-
-    @pytest.mark.parametrize("static_args", [(), ("temperature",)], ids=["injected", "static"])
-    def test_inject_hyperparams(self, static_args):
-        """It keeps what an automatic temperature has: damping, and the bound on jumps."""
-        tx = optax.inject_hyperparams(absgd, static_args=static_args)(0.02, KL())
-        params, _, lams = train(tx, 30)
-        expected, _, expected_lams = with_damping(2.0)
-        np.testing.assert_allclose(lams, expected_lams, rtol=1e-5)
-        chex.assert_trees_all_close(params, expected, rtol=1e-5)
-        undamped, _, _ = with_damping(0.0)
-        assert not np.allclose(undamped["w"], expected["w"], rtol=1e-3)
-
-
-@jax.jit
-def with_damping(damping):
-    return train(absgd(0.02, KL(), damping=damping), 30)
 
 
 def test_traced_arguments_are_not_checked():
