@@ -167,11 +167,6 @@ class TestWeights:
         normalizer = {"log_normalizer", "log_normalizer_drift"} if np.isfinite(lam) else set()
         assert {k for k, x in scalars.items() if x != 0} == {"temperature"} | normalizer
 
-    def test_masked_whole_whatever_the_losses(self):
-        masked = {"labels": LABELS, "where": np.zeros_like(WHERE)}
-        scalars = summarize(np.full_like(LOSSES, np.nan), 0.5, **masked)
-        assert scalars == summarize(LOSSES, 0.5, **masked)
-
     def test_labels_of_no_class(self):
         mass = class_mass(jnp.ones(4), jnp.array([0, -1, 3, 2]), 3)
         np.testing.assert_array_equal(mass, [0.25, 0, 0.25])

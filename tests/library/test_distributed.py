@@ -14,7 +14,6 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from absgd_jax import absgd, Sums, tilt
 from tests.support import layouts
 
 DEVICES = 8
@@ -207,21 +206,6 @@ def test_pmap(form):
     check(one_state(train), split)
 
 
-def test_vmap_with_a_name():
-    train = jax.jit(jax.vmap(layouts.spread("batch", varying=False), **MAPPED))
-    check(one_state(train), split)
-
-
-def test_independent_models_under_pmap():
-    """Each with its own λ."""
-    lams = np.resize(np.float64(TEMPERATURES[:2]), DEVICES)
-    with jax.enable_x64(True):
-        params, states = jax.pmap(layouts.train, in_axes=(None, None, 0))(*layouts.problem(), lams)
-        for i, lam in enumerate(lams):
-            one = jax.tree.map(lambda x, i=i: jnp.asarray(np.asarray(x)[i]), (params, states))
-            check(lambda *_, one=one: one, temperatures=[float(lam)])
-
-
 @pytest.mark.parametrize("form", ["argument", "beside"])
 @pytest.mark.parametrize("check_vma", [True, False], ids=["check_vma", "no_check_vma"])
 def test_shard_map(check_vma, form):
@@ -293,18 +277,3 @@ class TestTwoProcesses:
         assert dead == 1
         assert code != 0
         assert re.search(r"another task died|[Cc]onnection|gloo", message), message
-
-
-def test_sums_of_one_device_only():
-    """What a device sees for itself is not what all see, and shard_map says so."""
-    mesh = jax.make_mesh((DEVICES,), ("batch",), axis_types=(AxisType.Auto,))
-    tx = absgd(0.1, 1.0)
-
-    def update(losses):
-        state, zeros = tx.init(jnp.ones(3)), jax.lax.pcast(Sums(), "batch", to="varying")
-        sums = jax.grad(lambda sums: tilt(losses, state, sums).mean())(zeros)
-        return tx.update(jnp.ones(3), state, sums=sums)[1]
-
-    spread = jax.shard_map(update, mesh=mesh, in_specs=P("batch"), out_specs=P())
-    with pytest.raises(ValueError, match="out_specs"):
-        jax.eval_shape(spread, jnp.ones(16))

@@ -1,7 +1,8 @@
 """Inside optax's wrappers, before its optimisers, and in the loops of other libraries.
 
-Everywhere the same few steps, by plain optax on gradients that are scaled in NumPy. The loops are
-those of an SGD user, but for ``tilt`` and the sums: passed to the update, or beside the parameters.
+Everywhere the same few steps, as by plain optax on gradients that the head alone has scaled. The
+loops are those of an SGD user, but for ``tilt`` and the sums: passed to the update, or beside the
+parameters.
 """
 
 import functools
@@ -29,10 +30,8 @@ from absgd_jax import (
     Sums,
     target_ess,
     tilt,
-    two_stage,
     zero_sums,
 )
-from tests.support.reference import weigh
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 8)).astype(np.float32) / 2
@@ -40,6 +39,7 @@ Y = RNG.normal(size=16).astype(np.float32) / 2
 PARAMS = {"w": jnp.linspace(-0.5, 1.0, 8), "b": jnp.float32(0.3)}
 RATE, GAMMA, LAM = 0.05, 0.7, 2.0
 LAMS = [LAM] * 4 + [-1.0] * 2  # of the steps
+HEAD = scale_by_attention(LAM, gamma=GAMMA)
 
 pytestmark = pytest.mark.usefixtures("users_promotion")  # several of the libraries need it
 
@@ -76,15 +76,12 @@ def always(step):
     return True
 
 
-def in_numpy(params, baseline, lam):
-    """The mean loss, gradients if it is tilted at V, the scale that is to be theirs, the next V."""
-    x, y, w, b = (np.float64(a) for a in (X, Y, params["w"], params["b"]))
-    residuals = x @ w.reshape(-1) + b - y
-    weights, after = weigh(residuals**2, baseline, lam, GAMMA)
-    slopes = np.exp((residuals**2 - (baseline or 0.0)) / lam) / len(y)
-    grads = {"w": (2 * (slopes * residuals) @ x).reshape(w.shape), "b": 2 * slopes @ residuals}
-    grads["b"] = grads["b"].reshape(b.shape)
-    return np.mean(residuals**2), grads, weights.sum() / slopes.sum(), after
+@jax.jit
+def by_head(params, state):
+    """The loss, its gradients, the scale that is to be theirs, and the next state."""
+    loss, grads, sums = value_and_grad(params, state)
+    scale, state = HEAD.update(jnp.ones_like(loss), state, **sums)
+    return loss, grads, scale, state
 
 
 def net_of(params):
@@ -95,19 +92,18 @@ def net_of(params):
 
 
 def expected(wrap, params=PARAMS, lams=6 * [LAM], attends=always):
-    """Parameters by plain optax: ``wrap`` around nothing but a factor, which NumPy knows.
+    """Parameters by plain optax: ``wrap`` around nothing but a factor.
 
     ``attends`` says in which steps the average moves on.
     """
-    opt_state, baseline = wrap(optax.scale(1.0)).init(params), None
+    opt_state, state = wrap(optax.scale(1.0)).init(params), HEAD.init(None)
     for step, lam in enumerate(lams):
-        at = getattr(params, "fast", params)
-        _, grads, scale, after = in_numpy(at, baseline, lam)
-        grads = jax.tree.map(lambda g, p: jnp.asarray(g, p.dtype), grads, at)
+        state = state._replace(temperature=jnp.float32(lam))
+        _, grads, scale, after = by_head(getattr(params, "fast", params), state)
         updates, opt_state = wrap(optax.scale(scale)).update(grads, opt_state, params)
         params = optax.apply_updates(params, updates)
         if attends(step):
-            baseline = after
+            state = after
     return params
 
 
@@ -171,12 +167,6 @@ WRAPPERS = {
     "conditionally_mask": Wrapper(
         lambda head, tree: optax.conditionally_mask(optax.chain(head, SGD), even), attends=even
     ),
-    "conditionally_transform": Wrapper(
-        lambda head, tree: optax.chain(
-            optax.conditionally_transform(head, lambda step: step >= 2), SGD
-        ),
-        attends=lambda step: step >= 2,
-    ),
     # In a vector of all gradients nobody finds the sums.
     "flatten": Wrapper(
         lambda head, tree: optax.flatten(optax.chain(head, SGD)), forms=("argument",)
@@ -196,11 +186,6 @@ WRAPPERS = {
     "lookahead": Wrapper(
         lambda head, tree: optax.lookahead(optax.chain(head, SGD), 2, 0.5),
         start=IN_SYNC,
-        forms=("beside",),
-    ),
-    "sam": Wrapper(
-        lambda head, tree: optax.contrib.sam(optax.chain(head, SGD), UPHILL),
-        attends=odd,
         forms=("beside",),
     ),
     "split_real_and_imaginary": Wrapper(
@@ -223,7 +208,7 @@ class TestWrappers:
     def test_trains_and_its_temperature_can_be_read_and_set(self, name, form):
         wrap, attends, _, start = WRAPPERS[name]
         tree = FORMS[form]
-        tx = wrap(scale_by_attention(LAM, gamma=GAMMA), tree)
+        tx = wrap(HEAD, tree)
         chex.clear_trace_counter()  # it goes by name
 
         @jax.jit
@@ -248,44 +233,6 @@ class TestWrappers:
         tx = optax.chain(optax.contrib.split_real_and_imaginary(scale_by_attention(LAM)))
         with pytest.raises(TypeError, match=r"sums is missing.*\"sums\": zero_sums\(\)"):
             tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=zero_sums())
-
-    def test_sam_around_an_infinite_temperature_shows(self):
-        """It takes one state or another by products with 0; so the head stands in front of it."""
-        tx = WRAPPERS["sam"].wrap(scale_by_attention(two_stage(LAM, 10)), beside)
-        params = beside(PARAMS, zero_sums())
-        opt_state = tx.init(params)
-        for _ in range(4):
-            _, grads, _ = value_and_grad(params, opt_state)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-        assert np.isnan(params["net"]["w"]).all()
-
-    def test_flatten_hides_the_sums(self):
-        tx = WRAPPERS["flatten"].wrap(scale_by_attention(LAM), beside)
-        params = beside(PARAMS, zero_sums())
-        with pytest.raises(TypeError, match="sums is missing"):
-            tx.update(params, tx.init(params), params)
-
-    def test_a_plateau_is_one_of_the_loss(self):
-        """At λ < 0 the learning rate doesn't collapse, as it did by a loss that was tilted."""
-        plateau = optax.contrib.reduce_on_plateau(factor=0.5, patience=2)
-        tx = optax.chain(scale_by_attention(-1.0, gamma=GAMMA), optax.sgd(RATE), plateau)
-
-        @jax.jit
-        def step(params, opt_state):
-            loss, grads, sums = value_and_grad(params, opt_state)
-            updates, opt_state = tx.update(grads, opt_state, params, value=loss, **sums)
-            return optax.apply_updates(params, updates), opt_state, loss
-
-        params, losses = PARAMS, []
-        opt_state = tx.init(params)
-        for _ in range(30):
-            params, opt_state, loss = step(params, opt_state)
-            losses.append(float(loss))
-        assert losses == sorted(losses, reverse=True)
-        assert optax.tree.get(opt_state, "scale") == 1
-        plain = expected(lambda head: optax.chain(head, optax.sgd(RATE)), lams=30 * [-1.0])
-        chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
 
 
 MATRIX = {"w": jnp.linspace(-0.5, 1.0, 8).reshape(4, 2), "b": jnp.full([1], 0.3)}
@@ -313,10 +260,6 @@ OPTIMIZERS = {
 }
 
 
-# Compiled once for all optimizers, which differ in what stands behind the head.
-jitted_value_and_grad = jax.jit(value_and_grad)
-
-
 class TestOptimizers:
     """In float64, so that what is not the same is told from rounding."""
 
@@ -325,11 +268,11 @@ class TestOptimizers:
         make, first = OPTIMIZERS[name], jax.tree.map(lambda p: p.astype(jnp.float64), MATRIX)
         plain = optax.with_extra_args_support(make())
 
-        params, opt_state, baseline = first, plain.init(first), None
+        params, opt_state, state = first, plain.init(first), HEAD.init(None)
         for _ in range(3):
-            loss, grads, scale, baseline = in_numpy(params, baseline, LAM)
-            grads = jax.tree.map(lambda g, scale=scale: jnp.asarray(scale * g), grads)
-            updates, opt_state = plain.update(grads, opt_state, params, value=jnp.asarray(loss))
+            loss, grads, scale, state = by_head(params, state)
+            grads = optax.tree.scale(scale, grads)
+            updates, opt_state = plain.update(grads, opt_state, params, value=loss)
             params = optax.apply_updates(params, updates)
         moved = max(np.abs(params[k] - p).max() for k, p in first.items())
         assert moved > 1e-4
@@ -338,11 +281,11 @@ class TestOptimizers:
             opt = make()
             if (name, form) == ("sm3", "beside"):  # which takes no scalars
                 opt = optax.masked(opt, tree(True, False))
-            tx = optax.chain(scale_by_attention(LAM, gamma=GAMMA), opt)
+            tx = optax.chain(HEAD, opt)
             at = tree(first, zero_sums())
             opt_state = tx.init(at)
             for _ in range(3):
-                loss, grads, sums = jitted_value_and_grad(at, opt_state[0])
+                loss, grads, sums = jax.jit(value_and_grad)(at, opt_state[0])
                 updates, opt_state = tx.update(grads, opt_state, at, value=loss, **sums)
                 at = optax.apply_updates(at, updates)
             chex.assert_trees_all_close(net_of(at), params, rtol=0, atol=1e-12, custom_message=form)
@@ -353,13 +296,10 @@ def linear_loss(model, opt_state, sums):
     return tilt(jnp.square(model(X)[:, 0] - Y), opt_state, sums).mean()
 
 
-def with_sgd(head):
-    return optax.chain(head, SGD)
-
-
-def assert_trained(kernel, bias, lams=6 * [LAM], wrap=with_sgd, attends=always):
+def assert_trained(kernel, bias, lams=6 * [LAM]):
     params = {"w": jnp.reshape(kernel, -1), "b": jnp.reshape(bias, ())}
-    chex.assert_trees_all_close(params, expected(wrap, PARAMS, lams, attends), rtol=1e-4)
+    plain = expected(lambda head: optax.chain(head, SGD), lams=lams)
+    chex.assert_trees_all_close(params, plain, rtol=1e-4)
 
 
 def nnx_model(temperature):
@@ -387,33 +327,16 @@ class TestNNX:
             nnx_step(model, optimizer)
         assert_trained(model.kernel[...], model.bias[...], LAMS)
 
-    def test_vmap_over_temperatures_and_scan_over_steps(self):
-        lams = (LAM, -1.0, 0.5)
-        model, optimizer = nnx.vmap(nnx_model)(jnp.array(lams))
-
-        @nnx.scan(length=6, in_axes=nnx.Carry, out_axes=nnx.Carry)
-        def train(carry):
-            nnx_step(*carry)
-            return carry
-
-        nnx.jit(nnx.vmap(lambda *both: train(both)))(model, optimizer)
-        for i, lam in enumerate(lams):
-            assert_trained(model.kernel[i], model.bias[i], 6 * [lam])
-
 
 class TestLinen:
     """Its TrainState as it is, which passes nothing but gradients on."""
 
-    @pytest.mark.parametrize(
-        ("multi_steps", "attends"),
-        [(lambda tx: tx, always), (lambda tx: optax.MultiSteps(tx, 2), odd)],
-    )
-    def test_train_state(self, multi_steps, attends):
+    def test_train_state(self):
         variables = {"params": {"kernel": PARAMS["w"][:, None], "bias": PARAMS["b"][None]}}
         state = train_state.TrainState.create(
             apply_fn=nn.Dense(1).apply,
             params={"net": variables, "sums": zero_sums()},
-            tx=multi_steps(absgd(RATE, LAM, gamma=GAMMA)),
+            tx=absgd(RATE, LAM, gamma=GAMMA),
         )
 
         @jax.jit
@@ -429,12 +352,7 @@ class TestLinen:
             state = step(state)
         assert state.step == 6
         trained = state.params["net"]["params"]
-        assert_trained(
-            trained["kernel"],
-            trained["bias"],
-            wrap=lambda head: multi_steps(with_sgd(head)),
-            attends=attends,
-        )
+        assert_trained(trained["kernel"], trained["bias"])
         chex.assert_trees_all_equal(state.params["sums"], zero_sums())
 
 
@@ -480,54 +398,37 @@ class TestOrbax:
 
     TX = optax.MultiSteps(absgd(RATE, target_ess(0.9), gamma=GAMMA), 2).gradient_transformation()
 
-    def shardings(self, devices):
+    def shardings(self, carry, devices):
+        """Vectors are spread, scalars are whole."""
         mesh = jax.make_mesh(
-            (devices,),
-            ("model",),
-            devices=jax.devices()[:devices],
-            axis_types=(AxisType.Auto,),
+            (devices,), ("model",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,)
         )
-        whole = NamedSharding(mesh, P())
-        sums = jax.tree.map(lambda _: whole, zero_sums())
-        params = beside({"w": NamedSharding(mesh, P("model")), "b": whole}, sums)
-        opt_state = optax.tree.map_params(
-            self.TX,
-            lambda _, sharding: sharding,
-            jax.eval_shape(self.TX.init, beside(PARAMS, zero_sums())),
-            params,
-            transform_non_params=lambda _: whole,
-        )
-        return params, opt_state
+        return jax.tree.map(lambda x: NamedSharding(mesh, P("model") if x.ndim else P()), carry)
 
-    def stepper(self, devices):
+    @pytest.mark.parametrize("devices", [8, 4])
+    def test_onto_devices(self, devices, tmp_path):
+        @jax.jit
         def step(carry):
             params, opt_state = carry
             _, grads, _ = value_and_grad(params, opt_state)
             updates, opt_state = self.TX.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        return jax.jit(step, out_shardings=self.shardings(devices))
-
-    @pytest.mark.parametrize("devices", [8, 4])
-    def test_onto_devices(self, devices, tmp_path):
-        before, after = self.stepper(8), self.stepper(devices)
         params = beside(PARAMS, zero_sums())
-        carry = jax.device_put((params, self.TX.init(params)), self.shardings(8))
+        carry = params, self.TX.init(params)
+        carry = jax.device_put(carry, self.shardings(carry, 8))
         for _ in range(3):  # one batch of two, and half of the next
-            carry = before(carry)
+            carry = step(carry)
         like = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             carry,
-            self.shardings(devices),
+            self.shardings(carry, devices),
         )
         restored = through_orbax(tmp_path, carry, like)
         chex.assert_trees_all_equal(restored, carry)
         assert len(restored[0]["net"]["w"].sharding.device_set) == devices
-
         for _ in range(3):
-            carry, restored = before(carry), after(restored)
-        if devices == 8:
-            chex.assert_trees_all_equal(restored, carry)
+            carry, restored = step(carry), step(restored)
         chex.assert_trees_all_close(restored, carry, rtol=1e-5)
 
     def test_nnx(self, tmp_path):

@@ -153,13 +153,3 @@ class TestGamma:
 def two_stage_weights(batches, plain, gamma, debias):
     tx = scale_by_attention(two_stage(2.0, plain), gamma=gamma, debias=debias)
     return follow(tx, batches)[0]
-
-
-class TestTracedHyperparameters:
-    def test_are_not_checked(self):
-        def run(temperature, gamma):
-            tx = scale_by_attention(temperature, gamma=gamma)
-            return tx.update(1.0, tx.init(1.0), sums=zero_sums())[0]
-
-        types = jax.eval_shape(jax.vmap(run), jnp.array([1.0, 2.0]), jnp.array([0.5, 3.0]))
-        assert types.shape == (2,)
