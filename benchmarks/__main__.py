@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks import longtail, noise
-from benchmarks.engine import comparison, report
+from benchmarks.engine import comparison, plots, report
 from benchmarks.engine.comparison import Draw, Result, TEMPERATURE, Train
 from benchmarks.engine.config import FROM_1, OR_NONE, POSITIVE
 from benchmarks.engine.datasets import Split
@@ -133,8 +133,6 @@ def draw_panel(axes: Axes, results: list[Result], classes: slice, low: float) ->
         start * len(curve), low, f" λ {'<' if lam < 0 else '>'} 0", color=COLORS[-1], va="bottom"
     )
     axes.set(xlabel="epoch", xlim=(1, max(len(curve), 2)), ylim=(low, 100))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
 
 
 def draw(path: pathlib.Path, wrong: list[Result], rare: list[Result], few: slice) -> None:
@@ -145,13 +143,12 @@ def draw(path: pathlib.Path, wrong: list[Result], rare: list[Result], few: slice
     curves = [accuracy(r, classes) for _, results, classes in panels for r in results]
     late = np.stack(curves)[:, len(curves[0]) // 2 :]  # all start from a guess
     low = 10 * np.floor((late.mean(axis=2) - late.std(axis=2, ddof=1)).min() / 10)
-    figure, grid = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True, layout="constrained")
+    figure, grid = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
     for axes, (title, results, classes) in zip(grid, panels, strict=True):
         axes.set_title(title, loc="left")
         draw_panel(axes, results, classes, low)
     grid[0].set_ylabel("test accuracy, %")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def write(config: Config, wrong: list[Result], rare: list[Result]) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.optimize
@@ -29,7 +29,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from absgd_jax import absgd, robust_loss, Sums, tilt
-from benchmarks.engine import report
+from benchmarks.engine import plots, report
 from benchmarks.engine.config import (
     ABOVE_0,
     fail,
@@ -40,9 +40,6 @@ from benchmarks.engine.config import (
     read,
 )
 from benchmarks.engine.config import Config as BaseConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 CLASSES = 10
 DIVERGED = 10  # so many times as far from the solution as where it began is a run that did
@@ -151,9 +148,7 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def plot(config: Config, records: list[dict[str, Any]], path: pathlib.Path) -> None:
     columns = len(config.temperatures)
-    figure, panels = plt.subplots(
-        1, columns, figsize=(11, 4.5), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(1, columns, figsize=(11, 4.5), sharey=True, squeeze=False)
     for axes, temperature in zip(panels[0], config.temperatures, strict=True):
         for (i, n), gamma in itertools.product(enumerate(config.batch_sizes), (1.0, config.gamma)):
             line = [
@@ -165,12 +160,9 @@ def plot(config: Config, records: list[dict[str, Any]], path: pathlib.Path) -> N
             label = f"n = {n}, " + ("no average" if gamma == 1 else f"γ = {gamma:g}")
             axes.loglog(*zip(*line, strict=True), marker="o", color=f"C{i}", label=label, **style)
         axes.set(xlabel="steps", title=f"λ = {temperature:g}")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+        axes.legend()
     panels[0, 0].set_ylabel("|f(w) - f(w*)| / |f(w*)|")
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def main() -> None:

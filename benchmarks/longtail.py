@@ -18,10 +18,11 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from absgd_jax.data import class_counts, long_tailed_indices
-from benchmarks.engine import comparison, report
-from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, SEEDS, Setting
+from benchmarks.engine import comparison, plots, report
+from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, Setting
 from benchmarks.engine.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
 from benchmarks.engine.methods import KNOBS, METHOD, parse
+from benchmarks.engine.search import SEEDS
 from benchmarks.engine.training import Examples, Task
 
 RARE = 0.3  # share of the classes that are "few", and "many"
@@ -141,7 +142,7 @@ def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
         else:
             _, lam = comparison.stages(r.setting.temperature)[-1]
             curves.setdefault(f"{r.loss}, {r.optimizer}", [("", sgd)]).append((f"{lam:g}", r))
-    figure, axes = plt.subplots(figsize=(10, 5.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5.5))
     for i, (name, points) in enumerate(curves.items()):
         sound = [
             (text, r.accuracy[-1]) for text, r in points if not comparison.divergences(r.trained)
@@ -154,11 +155,8 @@ def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
             axes.annotate(text, (x, y), (2, 3), textcoords="offset points", fontsize="x-small")
     axes.set_xlabel("test accuracy of the rare classes, %")
     axes.set_ylabel("of all classes, %")
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.legend(loc="outside right upper", fontsize="small")
+    plots.save(figure, path)
 
 
 def write(config: Config, results: list[Result]) -> None:
@@ -173,7 +171,7 @@ def write(config: Config, results: list[Result]) -> None:
         ("classes", draw_classes, ranks, accuracy, {}),
         ("mass", draw_mass, "epoch", "weight, %", parts),
     ):
-        comparison.plot(panels, draw, config.out / f"{name}.png", x=x, y=y, colors=colors)
+        plots.by_panel(panels, draw, config.out / f"{name}.png", x=x, y=y, colors=colors)
     comparison.plot_temperature(panels, config.out)
     plot_tradeoff(results, config.out / "tradeoff.png")
 

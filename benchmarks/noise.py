@@ -22,7 +22,7 @@ from scipy.stats import truncnorm
 from sklearn.metrics import roc_auc_score
 
 from absgd_jax.data import flip_labels
-from benchmarks.engine import comparison, report
+from benchmarks.engine import comparison, plots, report
 from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
 from benchmarks.engine.config import FROM_1, Must, OR_NONE, POSITIVE, readable
 from benchmarks.engine.datasets import Split
@@ -166,7 +166,7 @@ def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
         ("curves", draw_curves, "test accuracy, %"),
         ("mass", draw_mass, "weight on wrong labels, %"),
     ):
-        comparison.plot(panels, draw, config.out / f"{name}.png", x="epoch", y=y, colors={})
+        plots.by_panel(panels, draw, config.out / f"{name}.png", x="epoch", y=y, colors={})
     comparison.plot_temperature(panels, config.out)
 
 

@@ -30,19 +30,17 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 from tqdm import tqdm
 
 from absgd_jax import absgd, losses, target_ess, tilt
-from benchmarks.engine import datasets, layers, report
-from benchmarks.engine.comparison import diverged, SEARCH_SEED, SEEDS
+from benchmarks.engine import datasets, layers, plots, report
+from benchmarks.engine.comparison import diverged
 from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
 from benchmarks.engine.config import Config as BaseConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.lines import Line2D
+from benchmarks.engine.search import search, SEEDS, seeds_of
 
 LOSSES = ("cross_entropy", "stale prior", "running", "arb", "true prior")
 OPTIMIZERS = ("SGD", "ABSGD", "ABSGD, automatic")
@@ -190,9 +188,15 @@ def measure(correct: np.ndarray, finite: bool, stream: Stream) -> dict[str, Any]
 
 
 def run(
-    config: Config, images: jax.Array, labels: np.ndarray, n: int, grid: list[Setting], seeds: range
+    config: Config,
+    images: jax.Array,
+    labels: np.ndarray,
+    n: int,
+    grid: list[Setting],
+    searching: bool,
 ) -> Measures:
     """What becomes of every setting."""
+    seeds = seeds_of(config, searching)
     drawn = [draw(config, labels, seed) for seed in seeds]
     streams = Stream(*map(np.stack, zip(*drawn, strict=True)))
     batches = [x.reshape(len(seeds), -1, n) for x in (streams.index, streams.labels)]
@@ -214,15 +218,25 @@ def run(
     return {setting: found[setting] for setting in grid}
 
 
-def grids(config: Config) -> list[list[Setting]]:
+def grids(config: Config) -> dict[tuple[str, str], list[Setting]]:
     """What there is to choose from, for every loss with SGD, ABSGD and its automatic λ."""
-    temperatures = (math.inf,), config.temperatures, (config.ess,)
-    found = []
-    for loss, i in itertools.product(LOSSES, range(len(OPTIMIZERS))):
-        memories = config.memories if loss == "running" else (None,)
-        choices = itertools.product(config.learning_rates, temperatures[i], memories)
-        found.append([Setting(loss, OPTIMIZERS[i], *choice) for choice in choices])
-    return found
+    temperatures = dict(
+        zip(OPTIMIZERS, ((math.inf,), config.temperatures, (config.ess,)), strict=True)
+    )
+    memories = {"running": config.memories}
+    return {
+        (loss, optimizer): [
+            Setting(loss, optimizer, *choice)
+            for choice in itertools.product(
+                config.learning_rates, temperatures[optimizer], memories.get(loss, (None,))
+            )
+        ]
+        for loss, optimizer in itertools.product(LOSSES, OPTIMIZERS)
+    }
+
+
+def most_accurate(_: tuple[str, str], grid: Measures) -> Setting:
+    return max(grid, key=lambda setting: grid[setting]["balanced"].mean())
 
 
 def table(results: dict[int, Measures]) -> str:
@@ -249,9 +263,7 @@ def table(results: dict[int, Measures]) -> str:
 def plot(results: dict[int, Measures], path: pathlib.Path) -> None:
     """Balanced accuracy by tenths, a panel for each batch size."""
     size = 2.5 + 3 * len(results), 3.5
-    figure, panels = plt.subplots(
-        *(1, len(results)), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
+    figure, panels = plt.subplots(*(1, len(results)), figsize=size, sharey=True, squeeze=False)
     styles = dict(zip(OPTIMIZERS, ("-", ":"), strict=False))  # automatic λ would be too much
     time = (np.arange(TENTHS) + 0.5) / TENTHS
     for (n, found), axes in zip(results.items(), panels[0], strict=True):
@@ -259,16 +271,13 @@ def plot(results: dict[int, Measures], path: pathlib.Path) -> None:
             if s.optimizer in styles:
                 style = {"color": f"C{LOSSES.index(s.loss)}", "ls": styles[s.optimizer]}
                 axes.plot(time, measures["course"].mean(axis=0), **style)
-        axes.set_title(f"batches of {n}", fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
+        axes.set_title(f"batches of {n}")
     lines = [Line2D([], [], color="black", ls=ls, label=name) for name, ls in styles.items()]
     lines += [Line2D([], [], color=f"C{i}", lw=4, label=name) for i, name in enumerate(LOSSES)]
-    figure.legend(handles=lines, loc="outside right upper", frameon=False)
-    figure.supxlabel("share of the stream", fontsize="medium")
-    figure.supylabel("balanced accuracy, %", fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.legend(handles=lines, loc="outside right upper")
+    figure.supxlabel("share of the stream")
+    figure.supylabel("balanced accuracy, %")
+    plots.save(figure, path)
 
 
 def main() -> None:
@@ -281,17 +290,16 @@ def main() -> None:
     with report.folder(config):
         for n in tqdm(config.batch_sizes, unit="batch size"):
             trained = functools.partial(run, config, images, data.labels, n)
-            choices = grids(config)
-            seeds = range(SEARCH_SEED, SEARCH_SEED + config.search_seeds)
-            searched = trained(list(itertools.chain(*choices)), seeds)
-            score = {setting: measures["balanced"] for setting, measures in searched.items()}
-            chosen = [max(grid, key=lambda s: score[s].mean()) for grid in choices]
-            results[n] = trained(chosen, range(config.seeds))
-            for setting, grid in zip(chosen, choices, strict=True):
-                records[f"{n} {setting.loss} {setting.optimizer}"] = {
+            found = search(grids(config), trained, most_accurate)
+            results[n] = found.final
+            for key, grid in grids(config).items():
+                setting, seen = found.chosen[key], [found.seen[s]["balanced"] for s in grid]
+                records[" ".join((str(n), *key))] = {
                     "setting": setting._asdict(),
-                    "validation": [{**s._asdict(), "balanced": score[s]} for s in grid],
-                    **results[n][setting],
+                    "validation": [
+                        {**s._asdict(), "balanced": x} for s, x in zip(grid, seen, strict=True)
+                    ],
+                    **found.final[setting],
                 }
         text = table(results)
         report.write(config.out, records, text)

@@ -29,29 +29,28 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
 from absgd_jax import abadam, losses, Sums, target_ess, tilt, two_stage
-from benchmarks.engine import comparison, datasets, report
-from benchmarks.engine.comparison import diverged, SEARCH_SEED, SEEDS, SGD, TEMPERATURE
+from benchmarks.engine import comparison, datasets, plots, report
+from benchmarks.engine.comparison import diverged, SGD, TEMPERATURE
 from benchmarks.engine.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, read, refusing
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.datasets import Split
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from benchmarks.engine.search import search, SEARCH_SEED, SEEDS, seeds_of
 
 SIZE = 64  # of a scene
 OBJECT = 13, 18  # the smallest and the largest
@@ -387,20 +386,28 @@ def measure(trained: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, Any
 
 
 def run(
-    c: Config, draw: Callable[[int], Drawn], started: str, bar: tqdm, setting: Setting, seeds: range
-) -> Measures:
-    """What becomes of every seed. Runs that are in ``c.out`` since ``started`` are not repeated."""
-    runs = []
-    for seed in seeds:
-        name = "-".join(map(str, (*setting, seed))).replace(":", "+")
-        path, drawn = c.out / "runs" / f"{name}.npz", draw(seed)
-        found = report.load_finished(path, started)
-        if not found:
-            found = train(c, setting, seed, drawn)
-            report.save_finished(path, started, found)
-        runs.append(measure(found, drawn.counts))
-        bar.update()
-    return {k: np.array([r[k] for r in runs]) for k in runs[0]}
+    c: Config,
+    draw: Callable[[int], Drawn],
+    started: str,
+    bar: tqdm,
+    settings: list[Setting],
+    searching: bool,
+) -> dict[Setting, Measures]:
+    """What becomes of every setting. Runs in ``c.out`` since ``started`` are not repeated."""
+    measures = {}
+    for setting in settings:
+        runs = []
+        for seed in seeds_of(c, searching):
+            name = "-".join(map(str, (*setting, seed))).replace(":", "+")
+            path, drawn = c.out / "runs" / f"{name}.npz", draw(seed)
+            found = report.load_finished(path, started)
+            if not found:
+                found = train(c, setting, seed, drawn)
+                report.save_finished(path, started, found)
+            runs.append(measure(found, drawn.counts))
+            bar.update()
+        measures[setting] = {k: np.array([r[k] for r in runs]) for k in runs[0]}
+    return measures
 
 
 def temperatures(c: Config) -> list[tuple[str, list[str]]]:
@@ -413,19 +420,20 @@ def temperatures(c: Config) -> list[tuple[str, list[str]]]:
 
 
 def compare(
-    c: Config, loss: str, run: Callable[[Setting, range], Measures]
+    c: Config, loss: str, run: Callable[[list[Setting], bool], dict[Setting, Measures]]
 ) -> tuple[dict[Setting, Measures], dict[Setting, np.ndarray]]:
     """What a loss does in the settings that were chosen for it, and what chose them."""
-    search, chosen, seen = range(SEARCH_SEED, SEARCH_SEED + c.search_seeds), {}, {}
-    rates = c.learning_rates
-    for unit, grid in temperatures(c):
-        settings = [Setting(loss, unit, lam, rate) for lam in grid for rate in rates]
-        if len(settings) > 1:
-            seen |= {s: run(s, search)["mean"] for s in settings}
-        best = max(settings, key=lambda s: seen[s].mean() if len(settings) > 1 else 0)
-        rates = (best.learning_rate,)
-        chosen[best] = run(best, range(c.seeds))
-    return chosen, seen
+
+    def best(_: str, grid: Mapping[Setting, Measures]) -> Setting:
+        return max(grid, key=lambda s: grid[s]["mean"].mean())
+
+    final, seen, rates = {}, {}, c.learning_rates
+    for unit, lams in temperatures(c):  # the first is λ = ∞, which chooses the rate for all
+        found = search({unit: [Setting(loss, unit, *x) for x in product(lams, rates)]}, run, best)
+        rates = (found.chosen[unit].learning_rate,)
+        final |= found.final
+        seen |= {s: measures["mean"] for s, measures in found.seen.items()}
+    return final, seen
 
 
 def table(results: dict[Setting, Measures]) -> str:
@@ -453,7 +461,7 @@ def plot_ious(results: dict[Setting, Measures], path: pathlib.Path) -> None:
     forms = list(dict.fromkeys(s.optimizer for s in results))
     panels = {"mean": "mean IoU, %", "rare": "IoU of the rare classes, %"}
     figure, axes = plt.subplots(
-        *(1, len(panels)), figsize=(8.5, 1.6 + 0.6 * len(names)), sharey=True, layout="constrained"
+        *(1, len(panels)), figsize=(8.5, 1.6 + 0.6 * len(names)), sharey=True
     )
     for part, (key, title) in zip(axes, panels.items(), strict=True):
         for s, measures in results.items():
@@ -463,17 +471,12 @@ def plot_ious(results: dict[Setting, Measures], path: pathlib.Path) -> None:
             part.scatter(x, np.full(len(x), y), 9, alpha=0.6, **style)
             part.scatter(x.mean(), y, 90, color=f"C{i}", marker="|")
         part.set_xlabel(title)
-        part.grid(alpha=0.3)
-        part.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     for i, form in enumerate(forms):
         axes[0].scatter([], [], 20, f"C{i}", label=form)
-    figure.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False
-    )
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    plots.save(figure, path)
 
 
 def plot_scenes(results: dict[Setting, Measures], scenes: Scenes, path: pathlib.Path) -> None:
@@ -483,13 +486,12 @@ def plot_scenes(results: dict[Setting, Measures], scenes: Scenes, path: pathlib.
         s.loss: measures["predicted"][0] for s, measures in results.items() if s.temperature == SGD
     }
     shown = len(next(reversed(columns.values())))
-    colors = ["white", "#333333", *matplotlib.colormaps["tab20"].colors]
+    colors = ["white", "#333333", *plt.colormaps["tab20"].colors]
     labels = ListedColormap(colors), BoundaryNorm(np.arange(-1.5, len(colors) - 1), len(colors))
     figure, axes = plt.subplots(
         *(shown, len(columns)),
         figsize=(1.25 * len(columns), 0.3 + 1.25 * shown),
         squeeze=False,
-        layout="constrained",
     )
     for part, (name, images) in zip(axes.T, columns.items(), strict=True):
         part[0].set_title(name, fontsize="small")
@@ -497,8 +499,7 @@ def plot_scenes(results: dict[Setting, Measures], scenes: Scenes, path: pathlib.
             cmap, norm = ("gray", None) if name == "scene" else labels
             ax.imshow(images[i], cmap=cmap, norm=norm, interpolation="nearest")
             ax.set_axis_off()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def write(

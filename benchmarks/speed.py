@@ -34,20 +34,17 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.extend
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
 from absgd_jax import scale_by_attention, Sums, tilt, zero_sums
-from benchmarks.engine import meta, models, report, steps
+from benchmarks.engine import meta, models, plots, report, steps
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.config import fail, FROM_1, OR_NONE, POSITIVE, read
 from benchmarks.engine.steps import Batch, FORMS, State, Work
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PARTS = {
     "sgd": "Beside SGD",
@@ -379,7 +376,7 @@ def plot(part: str, records: list[Record], path: pathlib.Path) -> None:
         return [(r["n" if growth else "step"], *quartiles(r[key], o[key])) for r, o in pairs]
 
     size = 1 + 3.3 * len(panels), 3.2 if growth else 4
-    figure, grid = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure, grid = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axes, (title, inside) in zip(grid[0], panels.items(), strict=True):
         beside = inside[0][1]
         if growth:
@@ -394,18 +391,15 @@ def plot(part: str, records: list[Record], path: pathlib.Path) -> None:
         if growth:
             axes.set_xscale("log", base=10 if title == "parameters" else 2)
             axes.set_ylim(bottom=0)
-            axes.legend(frameon=False)
+            axes.legend()
         else:
             axes.tick_params("x", rotation=90)
         axes.set(title=title, ylabel=f"time / {beside['step']}" if growth else "ratio")
         axes.axhline(1, color="black", lw=0.8)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
     if not growth:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(PARTS[part])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def write(config: Config, description: Record, found: dict[str, list[Record]]) -> str:

@@ -31,10 +31,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from absgd_jax import Sums
-from benchmarks.engine import comparison, config, methods, report
-from benchmarks.engine.comparison import CLEAN, Draw, of_each, SEARCH_SEED, SGD, TEMPERATURE, Train
+from benchmarks.engine import comparison, config, methods, plots, report
+from benchmarks.engine.comparison import CLEAN, Draw, of_each, SGD, TEMPERATURE, Train
 from benchmarks.engine.config import ABOVE_0, BELOW_1, FROM_1, INSIDE, OR_NONE, POSITIVE
 from benchmarks.engine.methods import Batch, parse, Parts, Step, Way
+from benchmarks.engine.search import search, SEARCH_SEED, seeds_of
 from benchmarks.engine.training import Examples, Images, Task, Trained
 
 # What is chosen from, beside λ; for JTT and early weights a number behind the share of the epochs
@@ -179,14 +180,13 @@ WEIGHTS = {"JTT": jtt_weights, "early weights": early_weights}  # of a second mo
 
 
 def train_each(
-    c: Config, phase: str, images: Images, settings: list[Setting], draw: Draw, train: Train
+    c: Config, images: Images, draw: Draw, train: Train, settings: list[Setting], searching: bool
 ) -> dict[Setting, Trained]:
     """Trains each setting with each seed of the phase, and the first models that settings need."""
-    search = phase == "search"
-    seeds = range(SEARCH_SEED, SEARCH_SEED + c.search_seeds) if search else range(c.seeds)
-    group = [draw(seed, search)[0].group for seed in seeds]
+    phase, seeds = "search" if searching else "final", seeds_of(c, searching)
+    group = [draw(seed, searching)[0].group for seed in seeds]
     groups = int(group[0].max()) + 1
-    evaluated = groups if search else 2 * groups
+    evaluated = groups if searching else 2 * groups
     told = [inverse_sizes(g) for g in group]
 
     def fit(
@@ -261,27 +261,23 @@ def compare(
     c: Config, images: Images, draw: Draw, train: Train
 ) -> tuple[list[Result], dict[str, Any]]:
     """Every method as each rule chose it, and what the rules saw."""
-    pairs = [(method, text) for method, grid in c.grids.items() for text in grid]
-    settings = [Setting(*pair, rate) for pair in pairs for rate in c.learning_rates]
-    searched = train_each(c, "search", images, settings, draw, train)
     sizes = np.bincount(draw(SEARCH_SEED, True)[1].group)
-    seen = {
-        (s, rule): 100 * scores(trained.history["accuracy"][-1], sizes, rule).mean()
-        for s, trained in searched.items()
-        for rule in RULES
-    }
-    chosen = {
-        (rule, method): max(
-            (s for s in settings if s.method == method), key=lambda s: seen[s, rule]
-        )
-        for rule in RULES
-        for method in c.grids
-    }
-    unique = list(dict.fromkeys(chosen.values()))
-    final = train_each(c, "final", images, unique, draw, train)
+
+    def score(trained: Trained, rule: str) -> float:
+        return 100 * scores(trained.history["accuracy"][-1], sizes, rule).mean()
+
+    found = search(
+        {
+            (rule, method): [Setting(method, *x) for x in itertools.product(grid, c.learning_rates)]
+            for rule in RULES
+            for method, grid in c.grids.items()
+        },
+        functools.partial(train_each, c, images, draw, train),
+        lambda key, grid: max(grid, key=lambda s: score(grid[s], key[0])),
+    )
     results = []
-    for (rule, _), setting in chosen.items():
-        trained = final[setting]
+    for (rule, _), setting in found.chosen.items():
+        trained = found.final[setting]
         accuracy = 100 * trained.history["accuracy"]  # [epochs, seeds, subclasses]
         held_out, tested = np.split(accuracy, 2, axis=-1)
         by_epoch = scores(held_out, sizes, rule)
@@ -291,7 +287,11 @@ def compare(
         diverged = int(comparison.diverged(finite, mean, len(sizes) // 2).sum())
         stopped = tested[best, np.arange(c.seeds)]
         results.append(Result(rule, setting, tested[-1], stopped, diverged))
-    return results, {f"{' '.join(map(str, s))}, {rule}": x for (s, rule), x in seen.items()}
+    return results, {
+        f"{' '.join(map(str, s))}, {rule}": score(trained, rule)
+        for s, trained in found.seen.items()
+        for rule in RULES
+    }
 
 
 def rare(accuracy: np.ndarray) -> np.ndarray:
@@ -320,7 +320,7 @@ def table(results: list[Result]) -> str:
 def plot(results: list[Result], path: pathlib.Path) -> None:
     """The rare subclasses: a dot a seed, and a line at their mean."""
     names = list(dict.fromkeys(r.setting.method for r in results))
-    figure, axes = plt.subplots(figsize=(5.5, 3.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(5.5, 3.4))
     for i, (rule, color) in enumerate(zip(RULES, ("#0072B2", "#D55E00"), strict=True)):
         axes.scatter([], [], 20, color, label=f"chosen by {rule}")
         for r in (r for r in results if r.rule == rule):
@@ -330,12 +330,9 @@ def plot(results: list[Result], path: pathlib.Path) -> None:
             axes.scatter(x.mean(), y[0], 90, color, marker="|")
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(loc="outside upper center", ncols=2)
     axes.set_xlabel("test accuracy of the rare subclasses, %")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    plots.save(figure, path)
 
 
 def write(c: Config, results: list[Result], seen: dict[str, Any]) -> None:

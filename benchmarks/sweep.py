@@ -18,10 +18,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import longtail, noise
-from benchmarks.engine import comparison, report, training
+from benchmarks.engine import comparison, plots, report, training
 from benchmarks.engine.comparison import Setting, SGD, TEMPERATURE
 from benchmarks.engine.config import ABOVE_0, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
 from benchmarks.engine.methods import KNOBS, METHOD, parse
+from benchmarks.engine.search import SEARCH_SEED
 from benchmarks.engine.training import Run, Task, Trained
 from benchmarks.noise import NOISE
 
@@ -105,7 +106,6 @@ def plot(config: Config, results: dict[str, Swept]) -> None:
         squeeze=False,
         sharex=True,
         sharey=True,
-        layout="constrained",
     )
     for (loss, swept), panels in zip(results.items(), grid, strict=True):
         for column, axes in zip(config.columns, panels, strict=True):
@@ -114,17 +114,17 @@ def plot(config: Config, results: dict[str, Swept]) -> None:
             found = [sgd, *(Setting(lam, *column) for lam in config.temperatures)]
             accuracy = np.stack([final_accuracy(swept[setting]) for setting in found], axis=1)
             image = axes.imshow(accuracy, aspect="auto", vmin=np.nanmax(accuracy) - 10)
+            axes.grid(visible=False)
             axes.set_title(f"{loss}, {name_of(config, column)}", fontsize="small")
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
             axes.set_yticks([])
             figure.colorbar(image, ax=axes, extend="min")
-    figure.supxlabel("λ", fontsize="medium")
-    figure.supylabel("seed", fontsize="medium")
+    figure.supxlabel("λ")
+    figure.supylabel("seed")
     figure.suptitle(
         "validation accuracy, %; colours end 10 points below the best", fontsize="small"
     )
-    figure.savefig(config.out / "heatmap.png", dpi=110)
-    plt.close(figure)
+    plots.save(figure, config.out / "heatmap.png")
 
 
 def compare_times(config: Config, task: Task, runs: list[Run]) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def main() -> None:
     images = comparison.on_device(config, train, test)
 
     programs = list(comparison.programs(config.settings).values())
-    seeds = range(comparison.SEARCH_SEED, comparison.SEARCH_SEED + config.seeds)
+    seeds = range(SEARCH_SEED, SEARCH_SEED + config.seeds)
     results, times = {}, None
     sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
     with comparison.session(config, draw, sizes) as trainer:

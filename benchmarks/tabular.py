@@ -25,11 +25,12 @@ import functools
 import itertools
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn import datasets
@@ -39,8 +40,8 @@ from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
-from benchmarks.engine import config, layers, report
-from benchmarks.engine.comparison import diverged, SEARCH_SEED
+from benchmarks.engine import config, layers, plots, report
+from benchmarks.engine.comparison import diverged
 from benchmarks.engine.config import (
     BELOW_1,
     FROM_1,
@@ -53,11 +54,10 @@ from benchmarks.engine.config import (
     readable,
 )
 from benchmarks.engine.methods import levels
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from benchmarks.engine.search import search, SEARCH_SEED
 
 AT_ONCE = 256  # runs of a program; the last ones are filled up, so that one compilation serves all
+SCORES = "balanced", "precision"  # that the search sees
 SKLEARN = ("breast_cancer", "digits", "iris", "wine")
 
 
@@ -392,7 +392,7 @@ def evaluate(
     return [found[i] for i in range(len(jobs))]
 
 
-def search(
+def cross_validate(
     c: Config, text: str, flip: float, table: Table, folds: Fold, searched: int
 ) -> dict[str, dict[str, Any]]:
     """What becomes of each loss and method in the setting that was chosen for each fold."""
@@ -407,25 +407,37 @@ def search(
         ]
         for loss, (method, rules) in itertools.product(names, methods.items())
     }
-    settings = list(itertools.chain(*grids.values()))
-    runs = evaluate(c, table, folds, list(itertools.product(settings, range(searched))))
-    score = np.reshape([[r["balanced"], r["precision"]] for r in runs], (-1, reported, c.splits, 2))
-    score = dict(zip(settings, score.mean(axis=2), strict=True))
-    # The average precision decides between equals.
-    chosen = {
-        name: [max(grid, key=lambda s: tuple(score[s][k])) for k in range(reported)]
-        for name, grid in grids.items()
-    }
-    jobs = [(s, searched + k) for picked in chosen.values() for k, s in enumerate(picked)]
-    runs = evaluate(c, table, folds, jobs)
+
+    def run(pairs: list[tuple[Setting, int]], searching: bool) -> dict[Any, list[dict[str, Any]]]:
+        """What becomes of each pair of a setting and a fold, with every part held out from it."""
+        first, parts = (0, c.splits) if searching else (searched, 1)
+        jobs = [(s, first + k * parts + i) for s, k in pairs for i in range(parts)]
+        runs = iter(evaluate(c, table, folds, jobs))
+        return {pair: list(itertools.islice(runs, parts)) for pair in pairs}
+
+    def best(_: tuple[str, int], grid: Mapping[Any, list[dict[str, Any]]]) -> tuple[Setting, int]:
+        # The average precision decides between equals.
+        score = {s: [np.mean([r[k] for r in runs]) for k in SCORES] for s, runs in grid.items()}
+        return max(score, key=score.get)
+
+    found = search(
+        {
+            (name, k): [(setting, k) for setting in grid]
+            for name, grid in grids.items()
+            for k in range(reported)
+        },
+        run,
+        best,
+    )
     records = {}
-    for i, (name, grid) in enumerate(grids.items()):
-        of_folds = runs[i * reported : (i + 1) * reported]
+    for name, grid in grids.items():
+        chosen = [found.chosen[name, k] for k in range(reported)]
+        of_folds = [found.final[pair][0] for pair in chosen]
         records[f"{text}, {flip:g}, {name}"] = {
             **{"table": text, "share": share, "flipped": flip},
             **{"loss": grid[0].loss, "method": grid[0].method},
             **{key: [run[key] for run in of_folds] for key in of_folds[0]},
-            "chosen": [[*s.rule[:2], s.learning_rate, s.weight_decay] for s in chosen[name]],
+            "chosen": [[*s.rule[:2], s.learning_rate, s.weight_decay] for s, _ in chosen],
         }
     return records
 
@@ -487,7 +499,7 @@ def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     shown = {"ESS 0.5": "C1", "ESS 0.9": "C0", "ESS 0.9, lift 1.25": "C2"}
     panels = {loss: [r for r in results if r["loss"] == loss] for loss in OF_RARE}
     size = 1 + 2.4 * len(panels), 3.2
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
     for panel, (loss, records) in zip(axes, panels.items(), strict=True):
         groups = grouped([r for r in records if not r["flipped"]], "method")
         plain = groups["SGD",]
@@ -499,15 +511,12 @@ def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
         panel.set_xscale("log")
         panel.set_xticks([2, 5, 10, 20, 40], ["2", "5", "10", "20", "40"])
         panel.minorticks_off()
-        panel.set_title(loss, fontsize="medium")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.3)
+        panel.set_title(loss)
     handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(shown), frameon=False)
-    figure.supxlabel("training examples of the rarest class, %", fontsize="medium")
-    figure.supylabel("balanced accuracy over SGD, points", fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    figure.legend(*handles, loc="outside upper center", ncols=len(shown))
+    figure.supxlabel("training examples of the rarest class, %")
+    figure.supylabel("balanced accuracy over SGD, points")
+    plots.save(figure, path)
 
 
 def main() -> None:
@@ -525,7 +534,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     with report.folder(c):
         for job in tqdm(jobs, unit="table"):
-            results |= search(c, *job)
+            results |= cross_validate(c, *job)
         records = list(results.values())
         short = summary(records)
         report.write(c.out, results, short, by_table(records))

@@ -14,17 +14,17 @@ import math
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from absgd_jax.data import class_counts
 from benchmarks.engine import config as configuration
-from benchmarks.engine import datasets, report, training
+from benchmarks.engine import datasets, plots, report, training
 from benchmarks.engine.config import (
     fail,
     FROM_1,
@@ -36,14 +36,9 @@ from benchmarks.engine.config import (
     refusing,
 )
 from benchmarks.engine.datasets import Split
+from benchmarks.engine.search import search, SEARCH_SEED, SEEDS, seeds_of
 from benchmarks.engine.training import Examples, Images, pick, Run, Task, Trained
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-
-SEARCH_SEED = 1000  # the first seed of the search; those that are reported start from 0
 SGD = "inf"
 CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
@@ -100,10 +95,6 @@ TEMPERATURE = Must(
     "be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or 0.5:10,0.8:5, or one "
     "effective sample size, such as ess0.5 or 0.5:ess-0.7",
     is_temperature,
-)
-SEEDS = Must(
-    f"be a whole number from 2 to {SEARCH_SEED}, the first seed of the search",
-    lambda x: 2 <= x <= SEARCH_SEED,
 )
 
 
@@ -260,6 +251,11 @@ def most_accurate(grid: dict[Setting, np.ndarray]) -> Setting:
     return max(grid, key=lambda setting: grid[setting].mean())
 
 
+def class_accuracy(trained: Trained) -> np.ndarray:
+    """At the end, a mean over seeds."""
+    return trained.history["accuracy"][-1].mean(axis=0)
+
+
 def compare(
     config: Config,
     name: str,
@@ -273,18 +269,22 @@ def compare(
 
     ``choose`` takes the class accuracies of every setting.
     """
-    grids, scores = search_grids(config), {}
-    if any(len(grid) > 1 for grid in grids):
-        settings = [setting for grid in grids for setting in grid]
-        seeds = range(SEARCH_SEED, SEARCH_SEED + config.search_seeds)
-        searched = train_each(config, f"{name}-search", task, settings, seeds, draw, train)
-        scores = {s: t.history["accuracy"][-1].mean(axis=0) for s, t in searched.items()}
+
+    def run(settings: list[Setting], searching: bool) -> dict[Setting, Trained]:
+        phase, seeds = "search" if searching else "final", seeds_of(config, searching)
+        return train_each(config, f"{name}-{phase}", task, settings, seeds, draw, train)
+
+    def best(_: int, grid: Mapping[Setting, Trained]) -> Setting:
+        return choose({s: class_accuracy(trained) for s, trained in grid.items()})
+
+    grids = search_grids(config)
+    found = search(dict(enumerate(grids)), run, best)
     unknown = np.full(task.classes, np.nan)
-    validation = [{s: scores.get(s, unknown) for s in grid} for grid in grids]
-    chosen = [choose(grid) if len(grid) > 1 else next(iter(grid)) for grid in validation]
-    seeds = range(config.seeds)
-    final = train_each(config, f"{name}-final", task, chosen, seeds, draw, train)
-    return [Result(name, s, grid, final[s]) for s, grid in zip(chosen, validation, strict=True)]
+    seen = {s: class_accuracy(trained) for s, trained in found.seen.items()}
+    return [
+        Result(name, s, {s: seen.get(s, unknown) for s in grid}, found.final[s])
+        for s, grid in zip(found.chosen.values(), grids, strict=True)
+    ]
 
 
 def search_grids(config: Config) -> list[list[Setting]]:
@@ -401,56 +401,6 @@ def record(result: Result) -> dict[str, Any]:
     } | {name: x.T for name, x in history.items() if x.ndim == 2}  # scalars
 
 
-def plot(
-    panels: dict[str, list[Result]],
-    draw: Callable[[Axes, Result, dict[str, Any]], None],
-    path: pathlib.Path,
-    *,
-    x: str,
-    y: str,
-    colors: dict[str, str],
-    scale: str = "linear",
-) -> None:
-    """One panel a loss: SGD in dashes, ABSGD in full, its automatic λ in a thin line with dots."""
-    columns = min(len(panels), 4)
-    rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.2 + 2.6 * columns, 0.8 + 2.2 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    styles = {
-        "SGD": {"ls": "--", "lw": 1.0},
-        "ABSGD": {"ls": "-", "lw": 1.8},
-        "ABSGD, automatic": {"ls": "-", "lw": 0.7, "marker": ".", "ms": 3},
-    }
-    drawn = {result.optimizer for results in panels.values() for result in results}
-    styles = {name: style for name, style in styles.items() if name in drawn}
-    for axes in grid.flat[len(panels) :]:
-        axes.set_axis_off()
-    for axes in grid.flat[len(panels) - columns : len(panels)]:  # nothing is below these
-        axes.tick_params(labelbottom=True)
-    for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
-        for result in results:
-            draw(axes, result, styles[result.optimizer])
-        axes.set_title(title, fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.3)
-        axes.set_yscale(scale)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-    lines = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
-    lines += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
-    figure.legend(handles=lines, loc="outside right upper", frameon=False)
-    figure.supxlabel(x, fontsize="medium")
-    figure.supylabel(y, fontsize="medium")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
 def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None:
     """|λ| of every seed over the epochs."""
 
@@ -459,4 +409,6 @@ def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None
         epochs = np.arange(1, len(lam) + 1)
         axes.plot(epochs, np.where(np.isfinite(lam), lam, np.nan), color="C0", **style)
 
-    plot(panels, draw, out / "temperature.png", x="epoch", y="|λ|", colors={}, scale="log")
+    plots.by_panel(
+        panels, draw, out / "temperature.png", x="epoch", y="|λ|", colors={}, scale="log"
+    )

@@ -26,7 +26,7 @@ from benchmarks import (
     tabular,
     toy,
 )
-from benchmarks.engine import comparison, config, methods, report
+from benchmarks.engine import comparison, config, methods, report, search
 from tests.support.commands import load, ROOT, run
 
 # For every constraint, values that break it.
@@ -46,7 +46,7 @@ BAD = {
         *("ess1.5", "ess0", "1:ess0.5", "5,0.8:ess0.5"),
     ],
     config.OR_NONE: [],
-    comparison.SEEDS: [1, -1, 1001],
+    search.SEEDS: [1, -1, 1001],
     methods.KNOBS: [
         *(f"cross_entropy+{way}" for way in ("sam:-1", "elr:nan", "meta_weight_net:inf")),
         *("cross_entropy+mixup:0", "cross_entropy+mixup:inf"),

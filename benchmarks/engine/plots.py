@@ -1,0 +1,79 @@
+"""How pictures of the benchmarks look, and how they are saved."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+plt.rcParams |= {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": "medium",
+    "figure.constrained_layout.use": True,
+    "figure.labelsize": "medium",
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "savefig.dpi": 110,
+}
+
+
+def save(figure: Figure, path: pathlib.Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
+
+
+def by_panel(
+    panels: dict[str, list[Any]],
+    draw: Callable[[Axes, Any, dict[str, Any]], None],
+    path: pathlib.Path,
+    *,
+    x: str,
+    y: str,
+    colors: dict[str, str],
+    scale: str = "linear",
+) -> None:
+    """One panel a loss: SGD in dashes, ABSGD in full, its automatic λ in a thin line with dots.
+
+    A panel has results, whose ``optimizer`` says how they are drawn.
+    """
+    columns = min(len(panels), 4)
+    rows = -(-len(panels) // columns)
+    figure, grid = plt.subplots(
+        rows,
+        columns,
+        figsize=(2.2 + 2.6 * columns, 0.8 + 2.2 * rows),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+    )
+    styles = {
+        "SGD": {"ls": "--", "lw": 1.0},
+        "ABSGD": {"ls": "-", "lw": 1.8},
+        "ABSGD, automatic": {"ls": "-", "lw": 0.7, "marker": ".", "ms": 3},
+    }
+    drawn = {result.optimizer for results in panels.values() for result in results}
+    styles = {name: style for name, style in styles.items() if name in drawn}
+    for axes in grid.flat[len(panels) :]:
+        axes.set_axis_off()
+    for axes in grid.flat[len(panels) - columns : len(panels)]:  # nothing is below these
+        axes.tick_params(labelbottom=True)
+    for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
+        for result in results:
+            draw(axes, result, styles[result.optimizer])
+        axes.set_title(title)
+        axes.set_yscale(scale)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    lines = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
+    lines += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
+    figure.legend(handles=lines, loc="outside right upper")
+    figure.supxlabel(x)
+    figure.supylabel(y)
+    save(figure, path)
