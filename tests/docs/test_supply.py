@@ -12,7 +12,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 # Of distributions that are not named as what is imported from them.
-MODULES = {"absgd-jax": "absgd_jax", "orbax-checkpoint": "orbax", "scikit-learn": "sklearn"}
+MODULES = {
+    "absgd-jax": "absgd_jax",
+    "dm-haiku": "haiku",
+    "orbax-checkpoint": "orbax",
+    "scikit-learn": "sklearn",
+}
 # Run, and not imported.
 TOOLS = {"pytest-xdist"}
 

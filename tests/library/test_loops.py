@@ -1,0 +1,958 @@
+"""Loops as they are in the wild, in miniature: with SGD, and what of it changes with ABSGD.
+
+They are written as diffs: lines with a minus are SGD's, lines with a plus ABSGD's, and ``check`` is
+told how many change. ABSGD is held to the published algorithm at a λ of either sign, which NumPy
+replays in float64 with derivatives by complex steps; and at λ = ∞ to the loop of SGD, too.
+"""
+
+import functools
+import itertools
+import os
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import numpyro
+import numpyro.distributions as dist
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import jax_utils, nnx
+from flax import linen as nn
+from flax.training import dynamic_scale, train_state
+from flax.traverse_util import flatten_dict
+from jax import lax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from numpyro.infer import SVI, Trace_ELBO
+from numpyro.optim import optax_to_numpyro
+
+from absgd_jax import absgd, AttentionState, scale_by_attention, Sums, tilt, zero_sums
+from tests.support import reference
+
+RATE, MOMENTUM, GAMMA, DECAY = 1 / 16, reference.MOMENTUM, 0.7, 0.125
+LAMS = (np.inf, 2.0, -1.0)
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(4, 16, 3)), RNG.normal(size=(4, 16))
+BATCHES = list(zip(X, Y, strict=True))
+PARAMS = {"w": RNG.normal(size=3), "b": RNG.normal(size=1)}
+KERNEL, BIAS = PARAMS["w"][:, None], PARAMS["b"]  # as layers have them
+# The names in all loops. In SGD's, tx is sgd.
+sgd, tx = optax.sgd(RATE, MOMENTUM), absgd(RATE, np.inf, gamma=GAMMA)
+head = scale_by_attention(np.inf, gamma=GAMMA)
+cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+NAMES = {
+    **dict(functools=functools, jax=jax, jnp=jnp, lax=lax, optax=optax, P=P, DECAY=DECAY),
+    **dict(cross_entropy=cross_entropy, head=head, sgd=sgd),
+    **dict(tilt=tilt, Sums=Sums, zero_sums=zero_sums),
+}
+
+pytestmark = pytest.mark.usefixtures("users_promotion", "x64")
+
+
+class Replay(NamedTuple):
+    params: list[dict[str, np.ndarray]]  # before the first step, and after each
+    losses: list[float]  # of each step, without what is added to them
+    baselines: list[float | None]  # of each head, at the end
+
+
+def replay(model, params, batches, lam, begin=0, shrink=lambda loss: 1.0):
+    """ABSGD in NumPy, from step ``begin`` on, and SGD before it.
+
+    ``model(params, *batch)`` has the losses of each head with their weights in the whole, and what
+    else is added to it. ``shrink`` of the loss multiplies the step.
+    """
+    run, update, anchors = Replay([params], [], []), reference.sgd(RATE, 0.0), {}
+    for i, batch in enumerate(batches):
+        terms, added = model(params, *batch)
+        run.baselines[:] = run.baselines or [None] * len(terms)
+        slopes, scale, now = [], 1.0, lam if i >= begin else np.inf
+        for k, (each, c) in enumerate(terms):
+            before = run.baselines[k]
+            weights, baseline = reference.weigh(each, before, now, GAMMA, shares=c / c.sum())
+            slopes.append(c.sum() * weights)
+            if added and np.isfinite(
+                now
+            ):  # What is added has its gradient times the scale of the others'.
+                scale = slopes[-1].sum() / np.sum(c * np.exp((each - anchors.get(k, 0)) / now))
+            run.baselines[k] = baseline
+            anchors[k] = np.average(each, weights=c) if baseline is None else baseline
+        run.losses.append(sum(np.sum(c * each) for each, c in terms))
+        grads = by_complex_steps(functools.partial(total, model, batch, slopes, scale), params)
+        stepped, factor = update(params, grads), shrink(run.losses[-1])
+        params = {k: p + factor * (stepped[k] - p) for k, p in params.items()}
+        run.params.append(params)
+    return run
+
+
+def total(model, batch, slopes, scale, params):
+    """What the published algorithm differentiates: the weights of the examples are constants."""
+    terms, added = model(params, *batch)
+    return sum(np.sum(s * each) for s, (each, _) in zip(slopes, terms, strict=True)) + scale * added
+
+
+def by_complex_steps(f, params):
+    grads = {k: np.zeros(np.shape(p)) for k, p in params.items()}
+    for k, p in params.items():
+        for i in np.ndindex(np.shape(p)):
+            stepped = np.array(p, complex)
+            stepped[i] += 1e-30j
+            grads[k][i] = np.imag(f({**params, k: stepped})) / 1e-30
+    return grads
+
+
+def both(diff, **names):
+    """What SGD's and ABSGD's lines define."""
+    for sign, chosen in {"-": sgd, "+": tx}.items():
+        lines = (line[1:] for line in diff.splitlines() if line[:1] in {" ", sign})
+        defined = NAMES | {"tx": chosen} | names
+        exec("\n".join(lines), defined)
+        yield defined
+
+
+def changed_lines(diff):
+    """In each place the lines of SGD or those of ABSGD, whichever are more."""
+    hunks = itertools.groupby(diff.splitlines(), key=lambda line: line[:1] in {"-", "+"})
+    signs = [[line[0] for line in hunk] for changed, hunk in hunks if changed]
+    return sum(max(hunk.count("-"), hunk.count("+")) for hunk in signs)
+
+
+def is_head(node):
+    return isinstance(node, AttentionState)
+
+
+def set_temperature(carry, lam):
+    """In all heads, of whatever shape."""
+
+    def set_in(node):
+        if not is_head(node):
+            return node
+        return node._replace(temperature=jnp.full_like(node.temperature, lam))
+
+    return jax.tree.map(set_in, carry, is_leaf=is_head)
+
+
+def after_all(loop, first, batches, lams=None):
+    carry = loop["start"]() if "start" in loop else (first, loop["tx"].init(first))
+    for i, batch in enumerate(batches):
+        if lams is not None:
+            carry = set_temperature(carry, lams[i])
+        carry = loop["step"](carry, *batch)
+    return carry
+
+
+def check(
+    diff,
+    model,
+    /,
+    *,
+    changed,
+    params=PARAMS,
+    params_of=lambda carry: carry[0],
+    batches=BATCHES,
+    replayed=None,
+    begin=0,
+    skipped=0,
+    tolerance=1e-12,
+    expected=lambda run: run.params[-1],
+    shrink=lambda: lambda loss: 1.0,
+    **names,
+):
+    """``replayed`` are the batches as ``model`` takes them, of which the loop skips the first."""
+    assert changed_lines(diff) == changed
+    replayed = (batches if replayed is None else replayed)[skipped:]
+    of_sgd, of_absgd = both(diff, **names)  # One program for all λ.
+    plain = params_of(after_all(of_sgd, params, batches))
+    for lam in LAMS:
+        lams = [np.inf] * begin + [lam] * (len(batches) - begin)
+        carry = after_all(of_absgd, params, batches, lams)
+        run = replay(model, params, replayed, lam, begin - skipped, shrink())
+        assert_close(params_of(carry), expected(run), tolerance)
+        if np.isinf(lam):
+            assert_close(params_of(carry), plain, tolerance)
+            continue
+        heads = filter(is_head, jax.tree.leaves(carry, is_leaf=is_head))
+        levels = np.concatenate([np.ravel(each.baseline) for each in heads])
+        wanted = np.resize(
+            run.baselines, levels.shape
+        )  # all devices have the same, or each its own
+        np.testing.assert_allclose(levels, wanted, rtol=tolerance)
+
+
+def assert_close(found, expected, tolerance):
+    for k, e in expected.items():
+        error = np.abs(np.reshape(found[k], np.shape(e)) - e).max()
+        assert error <= tolerance * np.abs(e).max(), (k, error)
+
+
+def mean(each, added=0.0):
+    """What a model gives where the loss is a mean."""
+    return [(each, np.full(each.shape, 1 / each.size))], added
+
+
+def squares(params, x, y):
+    return (x @ params["w"] + params["b"] - y) ** 2
+
+
+def mean_square(params, x, y):
+    return mean(squares(params, x, y))
+
+
+def numpy_cross_entropy(logits, y):
+    picked = np.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+    return np.log(np.exp(logits).sum(axis=-1)) - picked
+
+
+def test_equinox():
+    """The optimiser is an argument, and the number of the step: a penalty grows with it."""
+    diff = """
+ @eqx.filter_jit
+ def make_step(model, opt_state, tx, x, y, step):
+-    def loss_fn(model):
+-        losses = (jax.vmap(model)(x)[:, 0] - y) ** 2
++    def loss_fn(both):
++        model, sums = both
++        losses = tilt((jax.vmap(model)(x)[:, 0] - y) ** 2, opt_state, sums)
+         return losses.mean() + step * DECAY / 2 * jnp.sum(model.weight**2)
+
+-    grads = eqx.filter_grad(loss_fn)(model)
++    grads, sums = eqx.filter_grad(loss_fn)((model, zero_sums()))
+     params = eqx.filter(model, eqx.is_inexact_array)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     return eqx.apply_updates(model, updates), opt_state
+ start = lambda: (model, tx.init(eqx.filter(model, eqx.is_inexact_array)))
+ step = lambda carry, x, y, i: make_step(*carry, tx, x, y, i)
+"""
+
+    def penalised(params, x, y, step):
+        return mean(squares(params, x, y), step * DECAY / 2 * np.sum(params["w"] ** 2))
+
+    model = eqx.nn.Linear(3, 1, key=jax.random.key(0))
+    model = eqx.tree_at(lambda m: (m.weight, m.bias), model, (jnp.array(KERNEL.T), jnp.array(BIAS)))
+    check(
+        diff,
+        penalised,
+        changed=5,
+        params_of=lambda carry: {"w": carry[0].weight, "b": carry[0].bias},
+        batches=[(*batch, np.float64(i)) for i, batch in enumerate(BATCHES)],
+        begin=1,
+        eqx=eqx,
+        model=model,
+    )
+
+
+def test_haiku_with_state_and_reduce_on_plateau():
+    """The plateau is of the loss itself, which tilting leaves as it is."""
+    diff = """
+ tx = optax.chain(tx, optax.contrib.reduce_on_plateau(0.5, patience=1))
+ @jax.jit
+ def step(carry, x, y):
+     params, opt_state, state = carry
+-    def loss_fn(params):
++    def loss_fn(params, sums):
+         out, new = net.apply(params, state, None, x)
+-        return ((out - y) ** 2).mean(), new
++        return tilt((out - y) ** 2, opt_state, sums).mean(), new
+
+-    (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+-    updates, opt_state = tx.update(grads, opt_state, params, value=loss)
++    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
++    (loss, state), (grads, sums) = grad_fn(params, Sums())
++    updates, opt_state = tx.update(grads, opt_state, params, value=loss, sums=sums)
+     return optax.apply_updates(params, updates), opt_state, state
+ start = lambda: (first, tx.init(first), state)
+"""
+
+    def forward(x):
+        x = x - hk.ExponentialMovingAverage(0.5, zero_debias=False)(x.mean(axis=0))
+        return hk.Linear(1)(x)[:, 0]
+
+    def plateau():
+        best, factor = np.inf, 1.0
+
+        def shrink(loss):
+            nonlocal best, factor
+            best, factor = min(best, loss), factor if loss < best else factor / 2
+            return factor
+
+        return shrink
+
+    average, centred = 0.0, []
+    for x, y in BATCHES:
+        average = (average + x.mean(axis=0)) / 2
+        centred.append((x - average, y))
+    net = hk.transform_with_state(forward)
+    check(
+        diff,
+        mean_square,
+        changed=5,
+        params_of=lambda carry: carry[0]["linear"],
+        replayed=centred,
+        shrink=plateau,
+        net=net,
+        first={"linear": {"w": jnp.array(KERNEL), "b": jnp.array(BIAS)}},
+        state=net.init(jax.random.key(0), X[0])[1],
+    )
+
+
+def test_keras():
+    """A model of Keras with an optimiser of optax, or with one of Keras behind the head."""
+    os.environ["KERAS_BACKEND"] = "jax"
+    import keras  # Here, as no other test needs it.
+
+    with_optax = """
+ @jax.jit
+ def step(carry, x, y):
+     trainable, opt_state, rest = carry
+-    def loss_fn(trainable):
++    def loss_fn(trainable, sums):
+         out, new = model.stateless_call(trainable, rest, x, training=True)
+-        return ((out[:, 0] - y) ** 2).mean(), new
++        return tilt((out[:, 0] - y) ** 2, opt_state, sums).mean(), new
+
+-    (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+-    updates, opt_state = tx.update(grads, opt_state, trainable)
++    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
++    (loss, rest), (grads, sums) = grad_fn(trainable, Sums())
++    updates, opt_state = tx.update(grads, opt_state, trainable, sums=sums)
+     return optax.apply_updates(trainable, updates), opt_state, rest
+ start = lambda: (first, tx.init(first), [])
+"""
+    with_keras = """
+ @jax.jit
+ def step(carry, x, y):
+-    trainable, variables, rest = carry
+-    def loss_fn(trainable):
++    trainable, variables, rest, attention = carry
++    def loss_fn(trainable, sums):
+         out, new = model.stateless_call(trainable, rest, x, training=True)
+-        return ((out[:, 0] - y) ** 2).mean(), new
++        return tilt((out[:, 0] - y) ** 2, attention, sums).mean(), new
+
+-    (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
++    grad_fn = jax.value_and_grad(loss_fn, argnums=(0, 1), has_aux=True)
++    (loss, rest), (grads, sums) = grad_fn(trainable, Sums())
++    grads, attention = head.update(grads, attention, sums=sums)
+     trainable, variables = optimizer.stateless_apply(variables, grads, trainable)
+-    return trainable, variables, rest
+-start = lambda: (first, variables, [])
++    return trainable, variables, rest, attention
++start = lambda: (first, variables, [], head.init(first))
+"""
+    model = keras.Sequential([keras.layers.Dense(1, dtype="float64")])
+    model.build([16, 3])
+    optimizer = keras.optimizers.SGD(RATE, momentum=MOMENTUM)
+    optimizer.build(model.trainable_variables)
+    names = dict(
+        first=[jnp.array(KERNEL), jnp.array(BIAS)],
+        model=model,
+        optimizer=optimizer,
+        variables=[jnp.array(v) for v in optimizer.variables],
+    )
+    for diff, changed in ((with_optax, 5), (with_keras, 8)):
+        check(
+            diff,
+            mean_square,
+            changed=changed,
+            params_of=lambda carry: dict(zip("wb", carry[0], strict=True)),
+            **names,
+        )
+
+
+class Net(nn.Module):
+    """In half precision, with a batch norm of what a layer has learnt."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4, use_bias=False, dtype=jnp.float16)(x)
+        x = nn.BatchNorm(use_running_average=False, dtype=jnp.float16)(x)
+        return nn.Dense(2, dtype=jnp.float16)(x)
+
+
+class TrainState(train_state.TrainState):
+    batch_stats: Any
+    dynamic_scale: dynamic_scale.DynamicScale
+
+
+@pytest.mark.parametrize("x64", [False], indirect=True)
+def test_linen_in_float16(x64):
+    """A batch norm, a penalty and a loss scale that overflows in the first step, under pmap."""
+    diff = """
+ @functools.partial(jax.pmap, axis_name="batch")
+ def step(state, x, y):
+     def loss_fn(params):
+-        variables = {"params": params, "batch_stats": state.batch_stats}
++        variables = {"params": params["net"], "batch_stats": state.batch_stats}
+         logits, new = state.apply_fn(variables, x, mutable=["batch_stats"])
+         l2 = sum(jnp.sum(p**2) for p in jax.tree.leaves(params) if p.ndim > 1)
+         losses = cross_entropy(logits, y)
++        losses = tilt(losses, state.opt_state, params)
+         return losses.mean() + DECAY / 2 * l2, new["batch_stats"]
+
+     grad_fn = state.dynamic_scale.value_and_grad(loss_fn, has_aux=True, axis_name="batch")
+     scale, finite, (_, batch_stats), grads = grad_fn(state.params)
+     new = state.apply_gradients(grads=grads, batch_stats=batch_stats, dynamic_scale=scale)
+     keep = functools.partial(jax.tree.map, functools.partial(jnp.where, finite))
+     params, opt_state = keep((new.params, new.opt_state), (state.params, state.opt_state))
+     return new.replace(params=params, opt_state=opt_state)
+-start = lambda: create(variables["params"], tx)
++start = lambda: create({"net": variables["params"], "sums": zero_sums()}, tx)
+"""
+
+    def create(params, tx):
+        scale = dynamic_scale.DynamicScale(scale=jnp.float32(2.0**22), backoff_factor=2.0**-10)
+        of_model = dict(apply_fn=net.apply, batch_stats=variables["batch_stats"])
+        state = TrainState.create(params=params, tx=tx, dynamic_scale=scale, **of_model)
+        return jax_utils.replicate(state, jax.devices()[:2])
+
+    def params_of(state):
+        assert state.dynamic_scale.scale[0] == 2.0**12  # after one overflow
+        return flat(jax_utils.unreplicate(state.params.get("net", state.params)))
+
+    def flat(params):
+        return {"/".join(k): np.float64(p) for k, p in flatten_dict(params).items()}
+
+    def model(params, x, y):
+        h = x @ params["Dense_0/kernel"]
+        h = h - h.mean(axis=1, keepdims=True)  # of each device
+        h = h / np.sqrt((h**2).mean(axis=1, keepdims=True) + 1e-5)
+        h = h * params["BatchNorm_0/scale"] + params["BatchNorm_0/bias"]
+        each = numpy_cross_entropy(h @ params["Dense_1/kernel"] + params["Dense_1/bias"], y)
+        return mean(each, DECAY / 2 * sum(np.sum(p**2) for p in params.values() if p.ndim > 1))
+
+    net = Net()
+    variables = net.init(jax.random.key(0), np.float32(X[0]))
+    check(
+        diff,
+        model,
+        changed=3,
+        params=flat(variables["params"]),
+        params_of=params_of,
+        batches=[
+            (np.float32(x).reshape(2, 8, 3), np.int32(y > 0).reshape(2, 8)) for x, y in BATCHES
+        ],
+        begin=2,
+        skipped=1,
+        tolerance=5e-3,
+        create=create,
+        variables=variables,
+    )
+
+
+def on_two(name):
+    return jax.make_mesh((2,), (name,), devices=jax.devices()[:2])
+
+
+def test_transformers_step():
+    """Masked token losses over the weights of all devices, and a term of the router beside them.
+
+    Micro-batches have unequal token counts, and their auxiliary outputs are added by position. The
+    loss function keeps its signature: the sums are beside the parameters, and the state of the
+    optimiser comes with the data.
+    """
+    diff = """
+ def loss_fn(forward, data, rng, params, is_train=True):
+-    logits, balance = forward(params, data["inputs"])
++    logits, balance = forward(params["net"], data["inputs"])
+     xent = cross_entropy(logits, data["targets"])
++    xent = tilt(xent, data["opt_state"], params)
+     loss, weights = lax.psum(((xent * data["mask"]).sum(), data["mask"].sum()), "data")
+     moe = lax.pmean(balance, "data")
+     return loss / weights + moe, (loss, moe * weights, weights)
+
+ @jax.jit
+ @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(None, "data")), out_specs=P())
+ def step(carry, data):
+     params, opt_state = carry
+     grad_fn = jax.grad(loss_fn, argnums=3, has_aux=True)
+
+     def accumulate(total, data):
+-        grads, aux = grad_fn(forward, data, None, params)
++        grads, aux = grad_fn(forward, data | {"opt_state": opt_state}, None, params)
+         grads = jax.tree.map(lambda a, g: a + aux[2] * g, total[0], grads)
+         return (grads, *(a + x for a, x in zip(total[1:], aux))), None
+
+     zeros = jax.tree.map(jnp.zeros_like, params), *[jnp.zeros([])] * 3
+     (grads, loss, moe, weights), _ = lax.scan(accumulate, zeros, data)
+     grads = jax.tree.map(lambda g: g / weights, grads)
+     updates, opt_state = tx.update(grads, opt_state, params)
+     return optax.apply_updates(params, updates), opt_state
+-start = lambda: (first, tx.init(first))
++params = {"net": first, "sums": zero_sums()}
++start = lambda: (params, tx.init(params))
+"""
+
+    def forward(params, inputs):
+        h = params["embed"][inputs]
+        routed = jax.nn.softmax(h @ params["router"], axis=-1).mean(axis=(0, 1))
+        return h @ params["out"], jnp.sum(routed**2)
+
+    def model(params, data):
+        each, c, balance, total = [], [], 0.0, data["mask"].sum()
+        for k, half in itertools.product(range(2), (slice(0, 2), slice(2, 4))):
+            h = params["embed"][data["inputs"][k, half]]
+            each.append(numpy_cross_entropy(h @ params["out"], data["targets"][k, half]))
+            c.append(data["mask"][k, half] / total)
+            routed = np.exp(h @ params["router"])
+            routed = (routed / routed.sum(axis=-1, keepdims=True)).mean(axis=(0, 1))
+            balance += data["mask"][k].sum() / total * np.sum(routed**2) / 2
+        return [(np.stack(each), np.stack(c))], balance
+
+    mesh = on_two("data")
+    rng = np.random.default_rng(1)
+    shapes = {"embed": (5, 2), "router": (2, 2), "out": (2, 5)}
+    first = {k: rng.normal(size=shape) for k, shape in shapes.items()}
+    batches = []
+    for _ in range(4):
+        tokens = rng.integers(5, size=(2, 4, 7))
+        mask = np.float64(np.arange(6) < rng.integers(0, 7, size=(2, 4, 1)))
+        data = {"inputs": tokens[..., :-1], "targets": tokens[..., 1:], "mask": mask}
+        batches.append((jax.device_put(data, NamedSharding(mesh, P(None, "data"))),))
+    check(
+        diff,
+        model,
+        changed=5,
+        params=first,
+        params_of=lambda carry: carry[0].get("net", carry[0]),
+        batches=batches,
+        replayed=jax.tree.map(np.asarray, batches),
+        begin=1,
+        forward=forward,
+        mesh=mesh,
+        first=first,
+    )
+
+
+def test_pinn():
+    """A weighted sum of several means: one head over all residuals, or one of each term."""
+    one_head = """
+ @jax.jit
+ def step(carry, t):
+     params, opt_state = carry
+-    def loss_fn(params):
+-        residuals, bounds = squared(params, t)
++    def loss_fn(params, sums):
++        residuals, bounds = (tilt(x, opt_state, sums) for x in squared(params, t))
+         return residuals.mean() + 5 * bounds.mean()
+
+-    grads = jax.grad(loss_fn)(params)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     return optax.apply_updates(params, updates), opt_state
+"""
+    one_head_a_term = """
+ @jax.jit
+ def step(carry, t):
+-    params, opt_state = carry
+-    def loss_fn(params):
+-        residuals, bounds = squared(params, t)
+-        return residuals.mean() + 5 * bounds.mean()
++    params, opt_state, heads = carry
++    def means(params, sums):
++        return jnp.stack([x.mean() for x in map(tilt, squared(params, t), heads, sums)])
+
+-    grads = jax.grad(loss_fn)(params)
++    sums = [zero_sums(), zero_sums()]
++    rows, sums = jax.jacrev(means, argnums=(0, 1))(params, sums)
++    for i, factor in enumerate((1, 5)):
++        row, own = jax.tree.map(lambda x: x[i], (rows, sums[i]))
++        row, heads[i] = head.update(row, heads[i], sums=own)
++        row = optax.tree.scale(factor, row)
++        grads = row if i == 0 else optax.tree.add(grads, row)
+-    updates, opt_state = tx.update(grads, opt_state, params)
+-    return optax.apply_updates(params, updates), opt_state
++    updates, opt_state = sgd.update(grads, opt_state, params)
++    return optax.apply_updates(params, updates), opt_state, heads
+-start = lambda: (first, tx.init(first))
++start = lambda: (first, sgd.init(first), [head.init(first), head.init(first)])
+"""
+
+    def solution(params, t):
+        return jnp.sum(params["a"] * jnp.tanh(params["w"] * t + params["b"]))
+
+    def squared(params, t):
+        value, slope = jax.vmap(jax.value_and_grad(solution, 1), in_axes=(None, 0))(params, t)
+        return (slope + value) ** 2, (value[:2] - 1) ** 2  # u' = -u, and u = 1 at two points
+
+    def model(params, t, heads=1):
+        tanh = np.tanh(params["w"] * t[:, None] + params["b"])
+        value = np.sum(params["a"] * tanh, axis=1)
+        slope = np.sum(params["a"] * params["w"] * (1 - tanh**2), axis=1)
+        both = ((slope + value) ** 2, 1), ((value[:2] - 1) ** 2, 5)
+        terms = [(each, np.full(each.shape, factor / each.size)) for each, factor in both]
+        return [tuple(map(np.concatenate, zip(*terms, strict=True)))] if heads == 1 else terms, 0.0
+
+    first = dict(zip("awb", X[0], strict=False))
+    names = dict(params=first, first=first, batches=[(y,) for y in Y], squared=squared)
+    check(one_head, model, changed=4, **names)
+    check(one_head_a_term, functools.partial(model, heads=2), changed=14, **names)
+
+
+def test_gnn():
+    """Padded graphs, on devices whose gradients are weighted by the number of their valid nodes."""
+    diff = """
+ @jax.jit
+ @functools.partial(
+     jax.shard_map, mesh=mesh, in_specs=(P(), *[P("device")] * 5), out_specs=P()
+ )
+ def step(carry, x, senders, receivers, y, valid):
+     params, opt_state = carry
+-    def loss_fn(params):
++    def loss_fn(params, sums):
+         received = jax.ops.segment_sum(x[senders], receivers, len(x))
+         losses = (received @ params["w"] + params["b"] - y) ** 2
++        losses = tilt(losses, opt_state, sums)
+         return jnp.mean(losses, where=valid)
+
+-    local = lax.pcast(params, "device", to="varying")
+-    grads = jax.grad(loss_fn)(local)
++    local = lax.pcast((params, Sums()), "device", to="varying")
++    grads = jax.grad(loss_fn, argnums=(0, 1))(*local)
+     n = valid.sum()
+     grads, total = lax.psum((jax.tree.map(lambda g: n * g, grads), n), "device")
+     grads = jax.tree.map(lambda g: g / total, grads)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    updates, opt_state = tx.update(grads[0], opt_state, params, sums=grads[1])
+     return optax.apply_updates(params, updates), opt_state
+"""
+    mesh = on_two("device")
+    batches, replayed = [], []
+    rng = np.random.default_rng(2)
+    for x, y in zip(
+        X / 4, Y, strict=True
+    ):  # of each eight nodes the last are padding, where the padding edges lead
+        senders, receivers = rng.integers(3, size=(2, 2, 10))
+        receivers[:, 8:] = 7
+        valid = np.arange(8) < np.array([[3], [6]])
+        batch = x, senders.ravel(), receivers.ravel(), y, valid.ravel()
+        batches.append(jax.device_put(batch, NamedSharding(mesh, P("device"))))
+        received = np.zeros((2, 8, 3))
+        for i in range(2):
+            np.add.at(received[i], receivers[i], x.reshape(2, 8, 3)[i, senders[i]])
+        replayed.append((received[valid], y.reshape(2, 8)[valid]))
+    check(diff, mean_square, changed=5, batches=batches, replayed=replayed, mesh=mesh)
+
+
+class Trainer(nnx.Module):
+    """Not to be changed: the loss function that it is given never sees the optimiser."""
+
+    def __init__(self, model, tx, loss_fn, every=2):
+        self.model, self.optimizer = model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+        self.total = nnx.data(jax.tree.map(jnp.zeros_like, nnx.state(model, nnx.Param)))
+        self.loss_fn, self.every, self.count = loss_fn, every, nnx.Variable(jnp.int32(0))
+
+    @nnx.jit
+    def step(self, x, y):
+        grads = nnx.grad(self.loss_fn)(self.model, x, y)
+        self.count[...] += 1
+        nnx.update(self.total, jax.tree.map(lambda a, g: a + g / self.every, self.total, grads))
+        nnx.cond(self.count[...] % self.every == 0, Trainer.apply, lambda self: None, self)
+
+    def apply(self):
+        self.optimizer.update(self.model, self.total)
+        nnx.update(self.total, jax.tree.map(jnp.zeros_like, self.total))
+
+
+def is_sums(node):
+    return isinstance(node, Sums)
+
+
+def test_trainer_whose_loss_never_sees_the_optimizer():
+    """The losses are tilted with the first state: right while λ is fixed, and there is a warning.
+
+    What NNX keeps for a variable that holds a tree is no such tree from the second step on, so that
+    the momentum is masked from the sums.
+    """
+    diff = """
+ class Model(nnx.Module):
+     def __init__(self):
+         self.w, self.b = nnx.Param(jnp.array(w)), nnx.Param(jnp.array(b))
++        self.sums = nnx.Param(zero_sums())
+
+ def loss_fn(model, x, y):
+-    return ((x @ model.w + model.b - y) ** 2).mean()
++    return tilt((x @ model.w + model.b - y) ** 2, first, model).mean()
+
+-trainer = Trainer(Model(), sgd, loss_fn)
++net = lambda params: jax.tree.map(lambda x: not is_sums(x), params, is_leaf=is_sums)
++first = fixed.init(None)
++trainer = Trainer(Model(), optax.chain(fixed, optax.masked(sgd, net)), loss_fn)
+"""
+    assert changed_lines(diff) == 5
+    pairs = list(zip(X.reshape(2, 32, 3), Y.reshape(2, 32), strict=True))
+    for lam in LAMS:
+        names = dict(nnx=nnx, Trainer=Trainer, is_sums=is_sums, **PARAMS)
+        loops = both(diff, fixed=scale_by_attention(lam, gamma=GAMMA), **names)
+        plain, trainer = (loop["trainer"] for loop in loops)
+        with pytest.warns(UserWarning, match="is a constant here"):
+            trainer.step(*BATCHES[0])
+        for batch in BATCHES[1:]:
+            trainer.step(*batch)
+        run = replay(mean_square, PARAMS, pairs, lam)
+        assert_close(vars(trainer.model), run.params[-1], 1e-12)
+    for batch in BATCHES:
+        plain.step(*batch)
+    assert_close(vars(plain.model), replay(mean_square, PARAMS, pairs, np.inf).params[-1], 1e-12)
+
+
+def test_numpyro_svi():
+    """It drives the optimiser itself: the sums are a parameter, and the state is an argument."""
+    diff = """
+-def model(x, y):
++def model(x, y, state):
+     w = numpyro.sample("w", dist.Normal(0, 2).expand([3]).to_event(1))
+     b = numpyro.sample("b", dist.Normal(0, 2).expand([1]).to_event(1))
+-    numpyro.sample("y", dist.Normal(x @ w + b, 5), obs=y)
++    losses = -dist.Normal(x @ w + b, 5).log_prob(y)
++    numpyro.factor("y", -tilt(losses, state, numpyro.param("sums", zero_sums())))
+
+ def guide(*args):
+     for k in values:
+         at = numpyro.param(f"{k}_at", values[k])
+         numpyro.sample(k, dist.Delta(at, event_dim=1))
+
+ svi = SVI(model, guide, optax_to_numpyro(tx), Trace_ELBO())
+ @jax.jit
+ def step(state, x, y):
+-    return svi.update(state, x, y)[0]
+-first = svi.init(jax.random.key(0), x, y)
++    return svi.update(state, x, y, state.optim_state)[0]
++first = svi.init(jax.random.key(0), x, y, tx.init(None))
+ start = lambda: first
+"""
+
+    def posterior(params, x, y):
+        each = squares(params, x, y) / 50 + np.log(5 * np.sqrt(2 * np.pi))
+        return [(each, np.ones(16))], sum(np.sum(p**2) for p in params.values()) / 8
+
+    check(
+        diff,
+        posterior,
+        changed=5,
+        params_of=lambda state: {k: state.optim_state[1][0][f"{k}_at"] for k in PARAMS},
+        begin=1,
+        **dict(numpyro=numpyro, dist=dist, SVI=SVI, Trace_ELBO=Trace_ELBO, values=PARAMS),
+        optax_to_numpyro=optax_to_numpyro,
+        **dict(zip("xy", BATCHES[0], strict=True)),
+    )
+
+
+def test_split_vocabulary():
+    """Tensor parallelism: of the logits each device has a part, and of the losses all."""
+    diff = """
+ def step(carry, x, y):
+     params, opt_state = carry
+-    loss_fn = lambda params: losses_of(params, x, y).mean()
+-    grads = jax.grad(loss_fn)(params)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    loss_fn = lambda params, sums: tilt(losses_of(params, x, y), opt_state, sums).mean()
++    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     return optax.apply_updates(params, updates), opt_state
+ start, step = spread(step, tx)
+"""
+
+    def losses_of(params, x, y):
+        logits = (x * params["scale"]) @ params["out"]  # of the device's two tokens
+        own = 2 * lax.axis_index("vocabulary") + jnp.arange(2)
+        picked = jnp.sum(jnp.where(own == y[:, None], logits, 0), axis=1)
+        top = lax.pmax(lax.stop_gradient(logits.max(axis=1)), "vocabulary")
+        total = lax.psum(jnp.exp(logits - top[:, None]).sum(axis=1), "vocabulary")
+        return jnp.log(total) + top - lax.psum(picked, "vocabulary")
+
+    def model(params, x, y):
+        return mean(numpy_cross_entropy((x * params["scale"]) @ params["out"], y))
+
+    first = {"scale": X[0, 0], "out": X[1, :4].T}
+    check(
+        diff,
+        model,
+        changed=3,
+        params=first,
+        batches=[(x, np.int32(y > 0) + 2 * np.int32(x[:, 0] > 0)) for x, y in BATCHES],
+        losses_of=losses_of,
+        spread=spread_over("vocabulary", first, {(3, 4): P(None, "vocabulary")}),
+    )
+
+
+def spread_over(name, first, specs):
+    """How a carry starts on two devices, and its step there; ``specs`` go by shape."""
+    mesh = on_two(name)
+
+    def spread(step, tx):
+        carry = first, tx.init(first)
+        spec = jax.tree.map(lambda x: specs.get(np.shape(x), P()), carry)
+        step = jax.shard_map(step, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec)
+        placed = jax.tree.map(lambda x, s: jax.device_put(x, NamedSharding(mesh, s)), carry, spec)
+        return lambda: placed, jax.jit(step)
+
+    return spread
+
+
+def test_pipeline():
+    """The last stage alone has losses; of the other there is 0 times what it has instead."""
+    diff = """
+ def step(carry, x, y):
+     params, opt_state = carry
+-    def loss_fn(params):
++    def loss_fn(params, sums):
+         losses, last = losses_of(params, x, y)
++        losses = tilt(losses, opt_state, sums)
+         return lax.psum(losses.mean() * last, "stage")
+
+-    grads = jax.grad(loss_fn)(params)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     return optax.apply_updates(params, updates), opt_state
+ start, step = spread(step, tx)
+"""
+
+    def losses_of(params, x, y):
+        stage = lax.axis_index("stage")
+        first = jnp.tanh(x @ params["w"][0])
+        received = lax.ppermute(first, "stage", [(0, 1)])
+        out = jnp.where(stage == 0, first, jnp.tanh(received @ params["w"][0]))
+        return (out.sum(axis=1) - y) ** 2, stage == 1
+
+    def model(params, x, y):
+        return mean((np.tanh(np.tanh(x @ params["w"][0]) @ params["w"][1]).sum(axis=1) - y) ** 2)
+
+    first = {"w": X[2, :6].reshape(2, 3, 3)}
+    spread = spread_over("stage", first, {(2, 3, 3): P("stage")})
+    check(diff, model, changed=4, params=first, losses_of=losses_of, spread=spread)
+
+
+def test_population():
+    """Two models under pmap, each with an attention of its own."""
+    diff = """
+ @functools.partial(jax.pmap, in_axes=(0, None, None))
+ def step(carry, x, y):
+     params, opt_state = carry
+-    grads = jax.grad(lambda params: squares(params, x, y).mean())(params)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    loss_fn = lambda params, sums: tilt(squares(params, x, y), opt_state, sums).mean()
++    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     return optax.apply_updates(params, updates), opt_state
+ start = lambda: (first, jax.pmap(tx.init)(first))
+"""
+
+    def model(params, x, y):
+        models = [{k: p[i] for k, p in params.items()} for i in range(2)]
+        return [(squares(each, x, y), np.full(16, 1 / 16)) for each in models], 0.0
+
+    first = {k: np.stack([p, -p]) for k, p in PARAMS.items()}
+    check(diff, model, changed=3, params=first, first=first, squares=squares)
+
+
+def test_low_rank_adapters_and_early_stopping():
+    """What is frozen is in another part; the best parameters are those of the least loss."""
+    diff = """
+ tx = optax.partition({"adapters": tx, "frozen": optax.set_to_zero()}, labels)
+ @jax.jit
+ def step(carry, x, y):
+     params, opt_state, ema, best = carry
+-    def loss_fn(params):
++    def loss_fn(params, sums):
+         losses = (x @ (params["w"] + params["up"] @ params["down"]) - y) ** 2
++        losses = tilt(losses, opt_state, sums)
+         return losses.mean()
+
+-    loss, grads = jax.value_and_grad(loss_fn)(params)
++    loss, (grads, sums) = jax.value_and_grad(loss_fn, argnums=(0, 1))(params, Sums())
+     best = jax.tree.map(functools.partial(jnp.where, loss < best[0]), (loss, params), best)
+-    updates, opt_state = tx.update(grads, opt_state, params)
++    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+     params = optax.apply_updates(params, updates)
+     return params, opt_state, optax.incremental_update(params, ema, 0.25), best
+ start = lambda: (first, tx.init(first), first, (jnp.inf, first))
+"""
+
+    def model(params, x, y):
+        return mean((x @ (PARAMS["w"] + params["up"] @ params["down"]) - y) ** 2)
+
+    def params_of(carry):
+        params, _, ema, (loss, best) = carry
+        np.testing.assert_array_equal(params["w"], PARAMS["w"])
+        return named(params, ema, best, loss)
+
+    def expected(run):
+        average = functools.reduce(lambda a, p: {k: (3 * a[k] + p[k]) / 4 for k in p}, run.params)
+        best = np.argmin(run.losses)
+        return named(run.params[-1], average, run.params[best], run.losses[best])
+
+    def named(params, ema, best, loss):
+        trees = {"params": params, "ema": ema, "best": best}
+        adapters = {(name, k): trees[name][k] for name in trees for k in ("up", "down")}
+        return adapters | {"loss": loss}
+
+    adapters = {"up": X[0, :3, :2], "down": Y[0, :2]}
+    check(
+        diff,
+        model,
+        changed=4,
+        params=adapters,
+        params_of=params_of,
+        expected=expected,
+        first=adapters | {"w": PARAMS["w"]},
+        labels={"w": "frozen", "up": "adapters", "down": "adapters"},
+    )
+
+
+def test_from_sgds_checkpoint_onto_another_mesh(tmp_path):
+    """Two steps of SGD; from its checkpoint two of ABSGD, on four devices; and two on two.
+
+    The optimiser is spread by specs of ``jax.eval_shape``, and donated.
+    """
+
+    def through_orbax(carry, devices):
+        mesh = jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
+
+        def spread(x):
+            sharding = NamedSharding(mesh, P("model") if x.ndim else P())
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        like = jax.tree.map(spread, jax.eval_shape(lambda: carry))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", carry, force=True)
+            checkpointer.wait_until_finished()
+            return mesh, checkpointer.restore(tmp_path / "state", like)
+
+    def losses_of(params, x, y):
+        return (jnp.matmul(x, params["w"], out_sharding=P()) - y) ** 2
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(carry, x, y):
+        params, opt_state = carry
+        loss_fn = lambda p, sums: tilt(losses_of(p, x, y), opt_state, sums).mean()  # noqa: E731
+        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
+        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+        return optax.apply_updates(params, updates), opt_state
+
+    def model(params, x, y):
+        return mean((x @ params["w"] - y) ** 2)
+
+    first = {"w": X[3, :8, 0]}
+    batches = list(zip(X.reshape(-1, 4, 8), Y.reshape(-1, 4), strict=False))[:6]
+    of_sgd, of_sgds_state = first, sgd.init(first)
+    for batch in batches[:2]:
+        grads = by_complex_steps(lambda p: np.sum(model(p, *batch)[0][0][0]) / 4, of_sgd)  # noqa: B023
+        updates, of_sgds_state = sgd.update(grads, of_sgds_state)
+        of_sgd = optax.apply_updates(of_sgd, updates)
+    for lam in LAMS:
+        mesh, (params, state) = through_orbax((of_sgd, of_sgds_state), 4)
+        carry = params, (*tx.init(params)[:-1], state)
+        for start, devices in ((2, 4), (4, 2)):
+            carry = set_temperature(carry, lam)
+            for batch in batches[start : start + 2]:
+                with jax.set_mesh(mesh):
+                    carry = step(carry, *batch)
+            assert len(carry[1][-1][0].trace["w"].sharding.device_set) == devices
+            mesh, carry = through_orbax(carry, 2)
+        assert_close(carry[0], replay(model, first, batches, lam, begin=2).params[-1], 1e-12)
