@@ -38,9 +38,10 @@ def mean_std(x: np.ndarray, digits: str) -> str:
     return f"{x.mean():{digits}} ± {x.std(ddof=1):{digits}}"
 
 
-def difference(x: np.ndarray, y: np.ndarray) -> str:
+def difference(x: np.ndarray, y: np.ndarray, digits: str = ".1f") -> str:
     """Of pairs: the mean ± its standard error."""
-    return f"{np.mean(x - y):+.1f} ± {np.std(x - y, ddof=1) / len(x) ** 0.5:.1f}"
+    error = np.std(x - y, ddof=1) / len(x) ** 0.5
+    return f"{np.mean(x - y):+{digits}} ± {error:{digits}}"
 
 
 def cpus() -> int:
