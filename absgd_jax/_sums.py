@@ -20,6 +20,7 @@ import optax
 from absgd_jax._state import all_of, eps, inverse, is_infinite, the_one, unit
 
 _FACTOR = 2.0**-20
+_SHAPE = (10,)
 _LARGEST, _LARGE = 1e30, 1e9  # of levels, and of those whose squares are summed
 _REPLACED = ("value", "loss", "losses")  # by the sums
 _PASSED = (
@@ -34,23 +35,30 @@ _BESIDE = (
 )
 
 
-class Sums(NamedTuple):
+class _Values(NamedTuple):
+    values: Any  # shape=(10,), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
+
+
+class Sums(_Values):
     r"""What rides on the gradient: ``Sums()`` are zeros for :func:`tilt`, their gradient the sums.
 
     With :math:`c_i` the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda`
     each is a sum over the batch, times :math:`2^{-20}`. Only their ratios are used. In the place of
     an infinite :math:`\lambda` is :math:`|V| + 1`, and all is to leading order there.
 
+    They are one array, so that they are one buffer in the all-reduce of the gradients.
+
     Attributes:
-      weight: :math:`\sum c_i`.
+      values: All of them, in this order.
       exp: :math:`\sum c_i e^{z_i}`.
       excess: :math:`\sum c_i (e^{z_i} - 1)`, with its digits where λ is large.
       square: :math:`\sum c_i (e^{z_i} - 1)^2`, for :math:`\chi^2`.
       entropy: :math:`\sum c_i (z_i e^{z_i} - e^{z_i} + 1)`, for the KL divergence.
       level: :math:`\sum c_i z_i`, without a bound on :math:`z_i`.
+      bad: :math:`\sum c_i` of the losses that are not finite.
+      weight: :math:`\sum c_i`.
       baseline: :math:`\sum c_i V`.
       inverse: :math:`\sum c_i / \lambda`.
-      bad: :math:`\sum c_i` of the losses that are not finite.
       null: 0. What is found here was added by others to every leaf of the parameters.
 
     Examples:
@@ -64,16 +72,23 @@ class Sums(NamedTuple):
       1.859
     """
 
-    weight: Any = 0.0  # shape=(), dtype=jnp.float32, or jnp.float64 under jax_enable_x64
-    exp: Any = 0.0
-    excess: Any = 0.0
-    square: Any = 0.0
-    entropy: Any = 0.0
-    level: Any = 0.0
-    baseline: Any = 0.0
-    inverse: Any = 0.0
-    bad: Any = 0.0
-    null: Any = 0.0
+    __slots__ = ()
+
+    def __new__(cls, values: Any = ...) -> "Sums":
+        # An array of its own each time, as JAX keeps the dtype that it gave one of NumPy's. It has
+        # no stride, by which the update tells it from a gradient.
+        return super().__new__(cls, np.broadcast_to(0.0, _SHAPE) if values is ... else values)
+
+    exp = property(lambda self: self.values[0])
+    excess = property(lambda self: self.values[1])
+    square = property(lambda self: self.values[2])
+    entropy = property(lambda self: self.values[3])
+    level = property(lambda self: self.values[4])
+    bad = property(lambda self: self.values[5])
+    weight = property(lambda self: self.values[6])
+    baseline = property(lambda self: self.values[7])
+    inverse = property(lambda self: self.values[8])
+    null = property(lambda self: self.values[9])
 
 
 def zero_sums() -> Sums:
@@ -84,7 +99,7 @@ def zero_sums() -> Sums:
     and penalise the network's own parameters, ``params["net"]``.
 
     Returns:
-      A :class:`Sums` of zeros, shape ``()``, in the default float dtype.
+      A :class:`Sums` of zeros, in the default float dtype.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -106,13 +121,13 @@ def zero_sums() -> Sums:
       >>> print(params["net"].round(1))  # the least squares have 3
       [2.7]
     """
-    return Sums(*(jnp.zeros([], float) for _ in Sums._fields))
+    return Sums(jnp.zeros(_SHAPE, float))
 
 
 def zeros_in(tree: Any) -> Sums:
-    """The one ``Sums`` in what :func:`tilt` is given, as arrays."""
+    """The one ``Sums`` in what :func:`tilt` is given, as an array."""
     zeros = checked(the_one(Sums, "sums", tree, f"{_PASSED}; or {_BESIDE}."))
-    return Sums(*(jnp.asarray(q, float if isinstance(q, float) else None) for q in zeros))
+    return Sums(jnp.asarray(zeros.values))
 
 
 def taken(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sums]:
@@ -136,28 +151,28 @@ def taken(updates: Any, sums: Any, extra_args: dict[str, Any]) -> tuple[Any, Sum
         if all_of(optax.MaskedNode, updates):
             why.append(" Let the mask or the partition pass on the sums, too.")
         raise TypeError(f"sums is missing; {_PASSED}; or {_BESIDE}.{''.join(why)}")
-    if not isinstance(sums, Sums) or any(type(x) in (float, int) for x in sums):
+    if not isinstance(sums, Sums) or getattr(sums.values, "strides", None) == (0,):
         raise TypeError(f"sums must be the gradient by Sums(), got {sums!r}; {_PASSED}.")
     return updates, checked(sums)
 
 
 def checked(sums: Sums) -> Sums:
-    for x in sums:
-        if x is None or isinstance(x, optax.MaskedNode):
-            raise TypeError(
-                f"sums must be scalars, got {x!r}; let the mask or the partition pass on the sums, "
-                "too, and take zero_sums() where only arrays are differentiated."
-            )
-        dtype = jnp.result_type(x)
-        if jnp.shape(x) != ():
-            raise ValueError(
-                f"sums must be scalars, got shape {jnp.shape(x)}; reduce the gradients of examples "
-                "or devices first, and train several models under jax.vmap."
-            )
-        if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 4:
-            raise TypeError(
-                f"sums must be float32 or wider, got {dtype}; cast params['net'], not the sums."
-            )
+    x = sums.values
+    if x is None or isinstance(x, optax.MaskedNode):
+        raise TypeError(
+            f"sums must be an array, got {x!r}; let the mask or the partition pass on the sums, "
+            "too, and take zero_sums() where only arrays are differentiated."
+        )
+    dtype = jnp.result_type(x)
+    if jnp.shape(x) != _SHAPE:
+        raise ValueError(
+            f"sums must have shape {_SHAPE}, got {jnp.shape(x)}; reduce the gradients of "
+            "examples or devices first, and train several models under jax.vmap."
+        )
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 4:
+        raise TypeError(
+            f"sums must be float32 or wider, got {dtype}; cast params['net'], not the sums."
+        )
     return sums
 
 
@@ -189,13 +204,14 @@ def _ride_jvp(
     square, entropy = divergences(half, jnp.expm1(half))
     square = jnp.where(plain, linear**2, square)
     entropy = jnp.where(plain, linear**2 / 2, entropy)
-    # V and λ are the same for all, so that they are told without a sum's rounding.
-    told = level, baseline, inverse(lam), jnp.where(finite, 0.0, 1.0)
-    terms = 1.0, exp, excess, square, entropy, *told, 0.0
-    riding = sum(
-        jnp.asarray(f, losses.dtype) * q.astype(losses.dtype)
-        for f, q in zip(terms, tangents[1], strict=True)
-    )
+    # Stacked they are one reduction to the compiler; the ones are for the weight.
+    terms = exp, excess, square, entropy, level, jnp.where(finite, 0, 1), 1
+    stack = jnp.stack([jnp.zeros_like(losses) + f for f in terms])
+    # V and λ are multiples of the weight, so that they are told without a sum's rounding.
+    told = jnp.stack([jnp.ones_like(lam), baseline, inverse(lam), jnp.zeros_like(lam)])
+    q = tangents[1].values.astype(losses.dtype)
+    q = jnp.append(q[:6], jnp.sum(told.astype(q.dtype) * q[6:]))
+    riding = jnp.sum(stack * q.reshape(-1, *[1] * losses.ndim), axis=0)
     # To a loss that is far off a slope of exp(-35) may be too much. A sum would lose a smaller one.
     slope = jnp.where(plain, 1, jnp.exp(jnp.clip(level, -2.25 * most, most)))
     return ride(*primals), jnp.where(finite, slope, 1) * tangents[0] + _FACTOR * riding
@@ -215,11 +231,12 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
     """Of a batch; whether anything counts in it; and whether all losses that count are finite."""
-    null = jnp.asarray(sums.null).astype(dtype)
-    sums = Sums(*(jnp.asarray(x).astype(dtype) - null for x in sums))
-    counted = sums.weight != 0
-    mean = Sums(*(x / jnp.where(counted, sums.weight, 1) for x in sums))
-    tell = counted & jnp.isfinite(sum(mean))
-    neutral = Sums(exp=1.0)
-    mean = Sums(*(jnp.where(tell, *x) for x in zip(mean, neutral, strict=True)))
+    values = jnp.asarray(sums.values).astype(dtype)
+    values -= values[-1]  # null
+    weight = Sums(values).weight
+    counted = weight != 0
+    ratios = values / jnp.where(counted, weight, 1)
+    tell = counted & jnp.isfinite(jnp.sum(ratios))
+    neutral = jnp.zeros_like(ratios).at[0].set(1)  # exp is 1
+    mean = Sums(jnp.where(tell, ratios, neutral))
     return mean, counted, tell & (mean.bad == 0)

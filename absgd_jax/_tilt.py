@@ -76,7 +76,7 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
     Raises:
       TypeError: ``losses`` are not floating point, or ``sums`` are of less than 32 bits.
       ValueError: ``opt_state`` holds no attention, or several, or is that of several models;
-        ``sums`` hold no :class:`Sums`, or several, or they are no scalars.
+        ``sums`` hold no :class:`Sums`, or several, or of another shape.
 
     Warns:
       UserWarning: ``opt_state`` is a constant of a function that is being traced. A jitted step has

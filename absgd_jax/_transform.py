@@ -91,7 +91,7 @@ def scale_by_attention(
       something non-linear in front or with another λ, make the updates NaN.
 
     Raises:
-      ValueError: An argument is out of range, or ``sums`` are given twice or are no scalars.
+      ValueError: An argument is out of range, or ``sums`` are given twice or have another shape.
       TypeError: ``temperature`` is no number, array or schedule; ``sums`` are missing, or not a
         gradient, or of less than 32 bits; or ``updates`` are no numbers that can be scaled.
 
