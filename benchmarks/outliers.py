@@ -32,6 +32,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -49,12 +50,11 @@ from tqdm import tqdm
 
 from absgd_jax import abadam, target_ess, tilt, two_stage
 from benchmarks.engine import config, layers, plots, report
-from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, NOT_NEGATIVE, OR_NONE, POSITIVE
+from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, Must, NOT_NEGATIVE, OR_NONE, POSITIVE
 from benchmarks.engine.search import search, SEEDS, seeds_of
 
-AT_ONCE = 32  # runs of a program; the last ones are filled up, so that one compilation serves all
-TESTED = 1 / 4  # share of a data set, at most MOST_TESTED; of the rest the search holds out as much
-MOST_TESTED = 4000
+AT_ONCE = 16  # runs of a program; the last ones are filled up, so that one compilation serves all
+TESTED = 1 / 4  # share of a data set; of the rest the search holds out as much
 NORMAL = 1.4826  # standard deviation / MAD
 CRITERIA = "mae", "median", "rmse"  # of the residuals on validation data
 MARKERS = {"symmetric": "o", "one_sided": "s", "clustered": "D", "leverage": "^"}
@@ -72,6 +72,9 @@ STYLES = {
 }
 
 
+MANY = Must("be a whole number from 16 on", lambda x: x >= 16)
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(config.Config):
     """The errors, and what to choose from."""
@@ -82,9 +85,9 @@ class Config(config.Config):
     kinds: tuple[Literal[*KINDS], ...] = KINDS  # of gross errors
     shares: Annotated[tuple[float, ...], INSIDE] = (0.2, 0.4)  # of wrong targets, beside none
     smallest: Annotated[float, NOT_NEGATIVE] = 0.0  # error, in standard deviations
-    largest: Annotated[float, POSITIVE] = 6.0
-    examples: Annotated[int, FROM_1] = 2000  # at most, to train on and to hold out from
-    epochs: Annotated[int, FROM_1] = 30  # passes over them
+    largest: Annotated[float, NOT_NEGATIVE] = 6.0
+    examples: Annotated[int, MANY] = 2500  # of a data set at most, a quarter of them to test on
+    epochs: Annotated[int, FROM_1] = 30  # passes over what is not to test on
     batch_size: Annotated[int, FROM_1] = 64  # examples a step
     hidden: Annotated[tuple[int, ...], FROM_1, OR_NONE] = (32, 32)  # widths of the hidden layers
     seeds: Annotated[int, SEEDS] = 5  # draws of the errors that are reported
@@ -95,64 +98,38 @@ class Config(config.Config):
     scales: Annotated[tuple[float, ...], POSITIVE] = (0.1, 0.2, 0.4)  # of the noise
     ess: Annotated[tuple[float, ...], INSIDE] = (0.6, 0.8)  # of the automatic λ
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.smallest > self.largest:
-            raise ValueError(
-                f"--smallest must not exceed --largest, got {self.smallest} and {self.largest}"
-            )
-
 
 class Table(NamedTuple):
-    """Its first rows are those to test on."""
+    """A quarter, its first rows, is to test on."""
 
     x: np.ndarray  # [N, D], standardised
     y: np.ndarray  # [N], standardised
     truth: np.ndarray  # [N]: y, without noise if that is known
-    tested: int
 
 
 class Sample(NamedTuple):
     """What a run is trained and evaluated on; all have a leading axis."""
 
     x: Any  # [N, D]: of the table, some of them wrong
-    y: Any  # [N]
-    batches: Any  # [steps, n], int32: rows
-    evaluation: Any  # [E], int32: rows; the last ones are filled up with the first
-    size: Any  # of the evaluation without those
-    truth: Any  # [E]
-    center: Any  # of the training targets
+    y: Any  # [N]: less their center, over their spread
+    center: Any
     spread: Any
+    batches: Any  # [steps, n], int32: rows
+    evaluation: Any  # [E], int32: rows
+    truth: Any  # [E]
 
 
 class Setting(NamedTuple):
-    """What a search chooses from."""
+    """What a search chooses from; several have a leading axis."""
 
-    loss: str = "squared"
-    shape: float = 1.0
-    scale: float = 1.0  # of a residual
-    temperature: float = math.inf  # or the target of an automatic one
-    automatic: bool = False
-    gamma: float = 0.9
-    begin: float = 0.0  # share of the steps before it
-    learning_rate: float = 0.0
-
-
-class Run(NamedTuple):
-    """What the runs of a program differ in: every leaf has a leading axis over runs."""
-
-    sample: Any
-    loss: Any
-    shape: Any
-    scale: Any
-    temperature: Any
-    gamma: Any
-    begin: Any
-    learning_rate: Any
-
-
-def huber(r: jax.Array, _: jax.Array, delta: jax.Array) -> jax.Array:
-    return optax.huber_loss(r, delta=delta)
+    loss: Any = 0  # of LOSSES
+    shape: Any = 1.0
+    scale: Any = 1.0  # of a residual
+    temperature: Any = math.inf  # or the target of an automatic one
+    automatic: Any = False
+    gamma: Any = 0.9
+    begin: Any = 0.0  # share of the steps before it
+    learning_rate: Any = 0.0
 
 
 def tukey(r: jax.Array, _: jax.Array, c: jax.Array) -> jax.Array:
@@ -168,44 +145,44 @@ def barron(r: jax.Array, shape: jax.Array, c: jax.Array) -> jax.Array:
 
 # By residual, shape and scale.
 LOSSES: dict[str, Callable[..., jax.Array]] = {
-    "squared": lambda r, *_: r**2,
-    "absolute": lambda r, *_: jnp.abs(r),
-    "huber": huber,
-    "tukey": tukey,
-    "barron": barron,
+    "least squares": lambda r, *_: r**2,
+    "MAE": lambda r, *_: jnp.abs(r),
+    "Huber": lambda r, _, delta: optax.huber_loss(r, delta=delta),
+    "Tukey": tukey,
+    "Barron": barron,
 }
-# Scales at which a loss is 95 % as efficient as least squares on normal noise, by its shape.
+# By shape, the scales at which they are 95 % as efficient as least squares on normal noise.
 EFFICIENT = {
-    "huber": {1.0: 1.345},
-    "tukey": {1.0: 4.685},
-    "barron": {1.0: 1.287, 0.0: 1.686, -2.0: 1.894},
+    "Huber": {1.0: 1.345},
+    "Tukey": {1.0: 4.685},
+    "Barron": {1.0: 1.287, 0.0: 1.686, -2.0: 1.894},
 }
 WELSCH = 2.985
 
 
+def knobs_of(c: Config) -> dict[str, tuple[float, ...]]:
+    """Of the methods that are reported by each of them, too."""
+    return {"ESS, later": c.ess, "Tukey": c.scales, "fixed λ, later": c.scales}
+
+
 def grids(c: Config) -> dict[tuple[str, str], list[Setting]]:
     """What there is to choose from, by method and criterion."""
-    methods = {"least squares": [Setting()], "MAE": [Setting("absolute")]}
-    for loss, constants in EFFICIENT.items():
-        methods[loss.title()] = [
-            Setting(loss, shape, k * s) for shape, k in constants.items() for s in c.scales
-        ]
+    methods = {"least squares": [Setting()], "MAE": [Setting(loss=1)]}
+    for name, constants in EFFICIENT.items():
+        loss, pairs = list(LOSSES).index(name), itertools.product(constants.items(), c.scales)
+        methods[name] = [Setting(loss, shape, k * s) for (shape, k), s in pairs]
     fixed = [Setting(temperature=-((WELSCH * s) ** 2)) for s in c.scales]
     automatic = [Setting(temperature=f, automatic=True) for f in c.ess]
     methods["TERM"] = [s._replace(gamma=1.0) for s in fixed]
     for name, settings in (("fixed λ", fixed), ("ESS", automatic)):
-        methods[name] = settings
-        methods[f"{name}, later"] = [s._replace(begin=c.begin) for s in settings]
-    for name, base, knobs in (
-        ("ESS", "ESS, later", c.ess),
-        ("Tukey", "Tukey", c.scales),
-        ("fixed λ", "fixed λ, later", c.scales),
-    ):
-        methods |= {f"{name} {k:g}": [s] for k, s in zip(knobs, methods[base], strict=True)}
+        later = [s._replace(begin=c.begin) for s in settings]
+        methods |= {name: settings, f"{name}, later": later}
+    found = {(name, by): settings for name, settings in methods.items() for by in CRITERIA}
+    for name, knobs in knobs_of(c).items():
+        found |= {(f"{name} {k:g}", "mae"): [s] for k, s in zip(knobs, methods[name], strict=True)}
     return {
-        (name, criterion): [s._replace(learning_rate=r) for s in settings for r in c.learning_rates]
-        for name, settings in methods.items()
-        for criterion in CRITERIA
+        key: [s._replace(learning_rate=rate) for s in settings for rate in c.learning_rates]
+        for key, settings in found.items()
     }
 
 
@@ -231,31 +208,25 @@ def diamonds() -> tuple[np.ndarray, np.ndarray]:
 
 def load(c: Config, name: str) -> Table:
     if name == "function":
-        x, truth = make_friedman1(2 * c.examples, noise=0.0, random_state=0)
+        x, truth = make_friedman1(c.examples, noise=0.0, random_state=0)
         y = truth + np.random.default_rng(0).normal(size=len(truth))
     else:
         x, y = load_diabetes(return_X_y=True) if name == "diabetes" else diamonds()
         truth = y
-    tested = min(round(TESTED * len(y)), MOST_TESTED)
-    if tested == 0 or c.batch_size > (1 - TESTED) * min(c.examples, len(y) - tested) - 1:
-        raise ValueError(
-            f"--batch-size must not exceed what --examples leaves to train on, got {c.batch_size} "
-            f"and {c.examples}; lower it, or raise --examples"
-        )
-    rows = np.random.default_rng(0).permutation(len(y))[: tested + c.examples]
+    rows = np.random.default_rng(0).permutation(len(y))[: c.examples]
     x, (y, truth) = x[rows], ((v[rows] - y.mean()) / y.std() for v in (y, truth))
-    return Table((x - x.mean(axis=0)) / x.std(axis=0), y, truth, tested)
+    return Table((x - x.mean(axis=0)) / x.std(axis=0), y, truth)
 
 
 def spoil(
-    rng: np.random.Generator, kind: str, share: float, size: Any, x: np.ndarray, y: np.ndarray
+    c: Config, rng: np.random.Generator, kind: str, share: float, x: np.ndarray, y: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Both, a share of them wrong; the size of an error is between two numbers."""
+    """Both, a share of them wrong."""
     x, y = x.copy(), y.copy()
     wrong = rng.permutation(len(y))[: round(share * len(y))]
-    error = rng.uniform(*size, len(wrong))
+    error = c.smallest + (c.largest - c.smallest) * rng.random(len(wrong))
     if kind == "clustered":
-        y[wrong] = rng.normal(np.mean(size), 0.1, len(wrong))
+        y[wrong] = rng.normal((c.smallest + c.largest) / 2, 0.1, len(wrong))
     else:
         y[wrong] += error * (rng.choice([-1, 1], len(wrong)) if kind == "symmetric" else 1)
     x[wrong] *= 3 if kind == "leverage" else 1
@@ -264,62 +235,59 @@ def spoil(
 
 def draw(c: Config, table: Table, kind: str, share: float, seed: int, searching: bool) -> Sample:
     """The errors of a seed; the search is evaluated on a part of them."""
-    rng, (x, y, truth, tested) = np.random.default_rng(seed), table
-    wrong = spoil(rng, kind, share, (c.smallest, c.largest), x[tested:], y[tested:])
-    x, y = (np.concatenate([v[:tested], w]) for v, w in zip((x, y), wrong, strict=True))
-    train, held_out = tested + rng.permutation(len(y) - tested), np.arange(tested)
+    rng, (x, y, truth) = np.random.default_rng(seed), table
+    n = round(TESTED * len(y))
+    wrong = spoil(c, rng, kind, share, x[n:], y[n:])
+    x, y = (np.concatenate([v[:n], w]) for v, w in zip((x, y), wrong, strict=True))
+    held_out, train = np.arange(n), rng.permutation(np.arange(n, len(y)))
+    steps = max(1, c.epochs * len(train) // c.batch_size)
     if searching:
-        held_out, train = np.split(train, [round(TESTED * len(train))])
-        truth = y
+        held_out, train, truth = train[:n], train[n:], y
+    orders = [rng.permutation(train) for _ in range(-(-steps * c.batch_size // len(train)))]
+    batches = np.concatenate(orders)[: steps * c.batch_size].reshape(steps, -1)
     center = np.median(y[train])
     spread = NORMAL * np.median(np.abs(y[train] - center))
     std = x[train].std(axis=0)
-    steps = max(1, c.epochs * (len(y) - tested) // c.batch_size)
-    needed = steps * c.batch_size
-    orders = [rng.permutation(train) for _ in range(-(-needed // len(train)))]
-    rows = np.resize(held_out, max(tested, round(TESTED * (len(y) - tested))))
-    return Sample(
-        np.float32((x - x[train].mean(axis=0)) / np.where(std > 0, std, 1)),
-        np.float32((y - center) / spread),
-        np.int32(np.concatenate(orders)[:needed].reshape(steps, c.batch_size)),
-        np.int32(rows),
-        np.int32(len(held_out)),
-        truth[rows],
-        center,
-        spread,
-    )
+    x = np.float32((x - x[train].mean(axis=0)) / np.where(std > 0, std, 1))
+    y = np.float32((y - center) / spread)
+    return Sample(x, y, center, spread, np.int32(batches), np.int32(held_out), truth[held_out])
 
 
-def train_one(c: Config, automatic: bool, samples: Sample, run: Run) -> tuple[jax.Array, jax.Array]:
-    """What is predicted of the evaluation, and whether all losses were finite."""
-    tuned = target_ess(run.temperature, init_value=-jnp.inf) if automatic else run.temperature
-    rate = optax.cosine_decay_schedule(run.learning_rate, samples.batches.shape[1])
-    tx = abadam(rate, two_stage(tuned, run.begin), gamma=run.gamma)
-    params = layers.init(jax.random.key(run.sample), (samples.x.shape[-1], *c.hidden, 1))
+def train_one(
+    c: Config, automatic: bool, samples: Sample, of: jax.Array, s: Setting
+) -> tuple[jax.Array, jax.Array]:
+    """What is predicted of the evaluation of a sample, and whether all losses were finite."""
+    tuned = target_ess(s.temperature, init_value=-jnp.inf) if automatic else s.temperature
+    steps = samples.batches.shape[1]
+    begin = jnp.round(s.begin * steps).astype(int)
+    rate = optax.cosine_decay_schedule(s.learning_rate, steps)
+    tx = abadam(rate, two_stage(tuned, begin), gamma=s.gamma)
+    params = layers.init(jax.random.key(of), (samples.x.shape[-1], *c.hidden, 1))
 
     def predict(params, rows):
-        return layers.predict(params, samples.x[run.sample, rows])[:, 0]
+        return layers.predict(params, samples.x[of, rows])[:, 0]
 
     def loss_fn(params, sums, opt_state, rows):
-        r = predict(params, rows) - samples.y[run.sample, rows]
-        each = jnp.stack([loss(r, run.shape, run.scale) for loss in LOSSES.values()])[run.loss]
+        r = predict(params, rows) - samples.y[of, rows]
+        each = jnp.stack([loss(r, s.shape, s.scale) for loss in LOSSES.values()])[s.loss]
         return tilt(each, opt_state, sums).mean(), jnp.isfinite(each).all()
 
-    params, finite = layers.learn(tx, loss_fn, params, samples.batches[run.sample])
-    return predict(params, samples.evaluation[run.sample]), finite.all()
+    params, finite = layers.learn(tx, loss_fn, params, samples.batches[of])
+    return predict(params, samples.evaluation[of]), finite.all()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def train(c: Config, automatic: bool, samples: Sample, runs: Run) -> tuple[jax.Array, jax.Array]:
-    return jax.vmap(functools.partial(train_one, c, automatic, samples))(runs)
+def train(
+    c: Config, automatic: bool, samples: Sample, of: jax.Array, settings: Setting
+) -> tuple[jax.Array, jax.Array]:
+    return jax.vmap(functools.partial(train_one, c, automatic, samples))(of, settings)
 
 
 def measure(predicted: np.ndarray, truth: np.ndarray, finite: bool) -> dict[str, Any]:
     """What one run did; it diverged, too, if its predictions don't follow the truth."""
     predicted = np.nan_to_num(predicted.astype(float), posinf=0, neginf=0)
     residuals = np.abs(predicted - truth)
-    moves = predicted.std() > 0
-    follows = moves and np.corrcoef(predicted, truth)[0, 1] > 0.1
+    follows = predicted.std() > 0 and np.corrcoef(predicted, truth)[0, 1] > 0.1
     return {
         "mae": residuals.mean(),
         "median": np.median(residuals),
@@ -336,17 +304,11 @@ def evaluate(c: Config, samples: Sample, jobs: list[tuple[Setting, int]]) -> lis
         for at in range(0, len(numbers), AT_ONCE):
             part = numbers[at : at + AT_ONCE]
             settings, of = zip(*(jobs[i] for i in np.resize(part, AT_ONCE)), strict=True)
-            numeric = ("shape", "scale", "temperature", "gamma", "begin", "learning_rate")
-            knobs = {k: np.float32([getattr(s, k) for s in settings]) for k in numeric}
-            knobs["begin"] = np.int32(np.round(knobs["begin"] * samples.batches.shape[1]))
-            loss = np.int32([tuple(LOSSES).index(s.loss) for s in settings])
-            runs = Run(sample=np.int32(of), loss=loss, **knobs)
-            predictions, finite = map(np.asarray, train(c, automatic, samples, runs))
-            for i, z, ok in zip(part, predictions, finite, strict=False):
-                k = jobs[i][1]
-                n = samples.size[k]
-                z = z[:n] * samples.spread[k] + samples.center[k]
-                found[i] = measure(z, samples.truth[k][:n], bool(ok))
+            runs = Setting(*map(np.array, zip(*settings, strict=True)))
+            trained = map(np.asarray, train(c, automatic, samples, np.array(of), runs))
+            for i, k, z, finite in zip(part, of, *trained, strict=False):
+                z = z * samples.spread[k] + samples.center[k]
+                found[i] = measure(z, samples.truth[k], bool(finite))
     return [found[i] for i in range(len(jobs))]
 
 
@@ -400,21 +362,17 @@ def tables(c: Config, results: list[dict[str, Any]]) -> list[str]:
         return f"{of[method]['mae']['diverged'].sum()} of {c.seeds}"
 
     def chosen(of: dict[str, Any], method: str) -> str:
-        s = Setting(*of[method]["mae"]["setting"])
-        knobs = {
-            "shape ": s.shape if s.loss == "barron" else None,
-            "scale ": s.scale if s.loss in EFFICIENT else None,
-            "f = " if s.automatic else "λ = ": s.temperature if s.temperature != math.inf else None,
-            "rate ": s.learning_rate,
-        }
-        return ", ".join(f"{k}{x:.3g}" for k, x in knobs.items() if x is not None)
+        knobs = Setting(*of[method]["mae"]["setting"])
+        named = zip(("shape", "scale", "λ or f"), knobs[1:4], Setting()[1:4], strict=True)
+        text = [f"{name} {x:.3g}" for name, x, usual in named if x != usual]
+        return ", ".join([*text, f"rate {knobs.learning_rate:g}"])
 
     return [
         table("RMSE on right targets, where validation MAE chooses:", methods, score("mae")),
         table("The same less Huber's, paired by seed, ± standard error:", methods, gain),
         table("Where the median absolute residual chooses:", methods, score("median")),
         table("Where validation RMSE chooses:", methods, score("rmse")),
-        table("By f, and by the scale; ESS and fixed λ are later:", each, score("mae")),
+        table("By f, and by the scale:", each, score("mae")),
         table("Runs that diverged, where MAE chooses:", methods + each, diverged),
         table("What MAE chooses:", methods, chosen),
     ]
@@ -437,15 +395,10 @@ def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
                 style = {"color": color, "ls": ls, "lw": 2 if ls == "-" else 1.2}
                 axes.plot([r["share"] for r in of], [mean(r, method) for r in of], **style)
             axes.set_title(f"{name}, {kind.replace('_', '-')}")
-        for method, axes, knobs in (
-            ("ESS, later", row[-2], c.ess),
-            ("Tukey", row[-1], c.scales),
-            ("fixed λ, later", row[-1], c.scales),
-        ):
+        for axes, (method, knobs) in zip(row[[-2, -1, -1]], knobs_of(c).items(), strict=True):
             for of in (r for r in records if r["share"] == c.shares[-1]):
                 style = {"color": STYLES[method][0], "marker": MARKERS[of["kind"]]}
-                y = [mean(of, f"{method.removesuffix(', later')} {k:g}") for k in knobs]
-                axes.plot(knobs, y, lw=1, ms=4, **style)
+                axes.plot(knobs, [mean(of, f"{method} {k:g}") for k in knobs], lw=1, ms=4, **style)
             axes.set_title(f"{name}, share {c.shares[-1]:g}")
         row[-1].set_xscale("log")
         row[-1].set_xticks(c.scales, [f"{s:g}" for s in c.scales], minor=False)
