@@ -70,8 +70,6 @@ STYLES = {
     "fixed λ, later": ("black", "-"),
     "ESS, later": ("#D55E00", "-"),
 }
-
-
 MANY = Must("be a whole number from 16 on", lambda x: x >= 16)
 
 
@@ -85,7 +83,7 @@ class Config(config.Config):
     kinds: tuple[Literal[*KINDS], ...] = KINDS  # of gross errors
     shares: Annotated[tuple[float, ...], INSIDE] = (0.2, 0.4)  # of wrong targets, beside none
     smallest: Annotated[float, NOT_NEGATIVE] = 0.0  # error, in standard deviations
-    largest: Annotated[float, NOT_NEGATIVE] = 6.0
+    largest: Annotated[float, NOT_NEGATIVE] = 6.0  # error, likewise
     examples: Annotated[int, MANY] = 2500  # of a data set at most, a quarter of them to test on
     epochs: Annotated[int, FROM_1] = 30  # passes over what is not to test on
     batch_size: Annotated[int, FROM_1] = 64  # examples a step

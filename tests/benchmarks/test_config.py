@@ -18,6 +18,7 @@ from benchmarks import (
     longtail,
     noise,
     online,
+    outliers,
     pod,
     segmentation,
     speed,
@@ -51,6 +52,7 @@ BAD = {
         *(f"cross_entropy+{way}" for way in ("sam:-1", "elr:nan", "meta_weight_net:inf")),
         *("cross_entropy+mixup:0", "cross_entropy+mixup:inf"),
     ],
+    outliers.MANY: [15, -1],
     segmentation.ONE: ["0.5:10,0.8:5"],
     **{
         method: ["", "mixup", "cross_entropy:1", "cross_entropy+sam:x", "cross_entropy+warp"]
@@ -65,6 +67,7 @@ BENCHMARKS = [
     longtail,
     noise,
     online,
+    outliers,
     pod,
     segmentation,
     speed,
