@@ -78,9 +78,9 @@ class Config(config.Config):
     """The errors, and what to choose from."""
 
     out: pathlib.Path = pathlib.Path("out/outliers")  # folder to write to
-    # what to predict; diamonds need pip install ".[outliers]"
+    # what to predict; diamonds need the extra "outliers"
     datasets: tuple[Literal["function", "diabetes", "diamonds"], ...] = ("function", "diabetes")
-    kinds: tuple[Literal[*KINDS], ...] = KINDS  # of gross errors
+    kinds: tuple[Literal[*KINDS], ...] = KINDS  # of errors
     shares: Annotated[tuple[float, ...], INSIDE] = (0.2, 0.4)  # of wrong targets, beside none
     smallest: Annotated[float, NOT_NEGATIVE] = 0.0  # error, in standard deviations
     largest: Annotated[float, NOT_NEGATIVE] = 6.0  # error, likewise
@@ -93,7 +93,11 @@ class Config(config.Config):
     begin: Annotated[float, BELOW_1] = 0.1  # share of the steps before λ < 0, where it is later
     # to choose from
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01)
-    scales: Annotated[tuple[float, ...], POSITIVE] = (0.1, 0.2, 0.4)  # of the noise
+    scales: Annotated[tuple[float, ...], POSITIVE] = (
+        0.1,
+        0.2,
+        0.4,
+    )  # of the noise that a loss supposes, in MADs
     ess: Annotated[tuple[float, ...], INSIDE] = (0.6, 0.8)  # of the automatic λ
 
 
