@@ -45,7 +45,7 @@ sgd, tx = optax.sgd(RATE, MOMENTUM), absgd(RATE, np.inf, gamma=GAMMA)
 head = scale_by_attention(np.inf, gamma=GAMMA)
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 NAMES = {
-    **dict(functools=functools, jax=jax, jnp=jnp, lax=lax, optax=optax, P=P, DECAY=DECAY),
+    **dict(functools=functools, jax=jax, jnp=jnp, np=np, lax=lax, optax=optax, P=P, DECAY=DECAY),
     **dict(cross_entropy=cross_entropy, head=head, sgd=sgd),
     **dict(tilt=tilt, Sums=Sums, zero_sums=zero_sums),
 }
@@ -130,13 +130,16 @@ def set_temperature(carry, lam):
     def set_in(node):
         if not is_head(node):
             return node
-        return node._replace(temperature=jnp.full_like(node.temperature, lam))
+        shape, dtype = np.shape(node.temperature), node.temperature.dtype
+        return node._replace(temperature=np.full(shape, lam, dtype))
 
     return jax.tree.map(set_in, carry, is_leaf=is_head)
 
 
 def after_all(loop, first, batches, lams=None):
     carry = loop["start"]() if "start" in loop else (first, loop["tx"].init(first))
+    if "mesh" in loop:
+        carry = jax.device_put(carry, NamedSharding(loop["mesh"], P()))
     for i, batch in enumerate(batches):
         if lams is not None:
             carry = set_temperature(carry, lams[i])
@@ -184,7 +187,7 @@ def check(
 
 def assert_close(found, expected, tolerance):
     for k, e in expected.items():
-        error = np.abs(np.reshape(found[k], np.shape(e)) - e).max()
+        error = np.abs(np.reshape(np.asarray(found[k]), np.shape(e)) - e).max()
         assert error <= tolerance * np.abs(e).max(), (k, error)
 
 
@@ -425,7 +428,7 @@ def test_linen_in_float16(x64):
         return mean(each, DECAY / 2 * sum(np.sum(p**2) for p in params.values() if p.ndim > 1))
 
     net = Net()
-    variables = net.init(jax.random.key(0), np.float32(X[0]))
+    variables = jax.jit(net.init)(jax.random.key(0), np.float32(X[0]))
     check(
         diff,
         model,
@@ -871,7 +874,7 @@ def test_low_rank_adapters_and_early_stopping():
 +    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
      params = optax.apply_updates(params, updates)
      return params, opt_state, optax.incremental_update(params, ema, 0.25), best
- start = lambda: (first, tx.init(first), first, (jnp.inf, first))
+ start = lambda: (first, tx.init(first), first, (np.float64(np.inf), first))
 """
 
     def model(params, x, y):
@@ -911,14 +914,19 @@ def test_from_sgds_checkpoint_onto_another_mesh(tmp_path):
     The optimiser is spread by specs of ``jax.eval_shape``, and donated.
     """
 
-    def through_orbax(carry, devices):
+    def spread(tree, devices):
         mesh = jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
+        shardings = (
+            NamedSharding(mesh, P("model") if x.ndim else P()) for x in jax.tree.leaves(tree)
+        )
+        return mesh, jax.tree.unflatten(jax.tree.structure(tree), shardings)
 
-        def spread(x):
-            sharding = NamedSharding(mesh, P("model") if x.ndim else P())
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-        like = jax.tree.map(spread, jax.eval_shape(lambda: carry))
+    def through_orbax(carry, devices):
+        shapes = jax.eval_shape(lambda: carry)
+        mesh, shardings = spread(shapes, devices)
+        like = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+        )
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(tmp_path / "state", carry, force=True)
             checkpointer.wait_until_finished()
@@ -947,12 +955,12 @@ def test_from_sgds_checkpoint_onto_another_mesh(tmp_path):
         of_sgd = optax.apply_updates(of_sgd, updates)
     for lam in LAMS:
         mesh, (params, state) = through_orbax((of_sgd, of_sgds_state), 4)
-        carry = params, (*tx.init(params)[:-1], state)
+        _, shardings = spread(jax.eval_shape(tx.init, params), 4)
+        carry = params, (*jax.jit(tx.init, out_shardings=shardings)(params)[:-1], state)
         for start, devices in ((2, 4), (4, 2)):
-            carry = set_temperature(carry, lam)
             for batch in batches[start : start + 2]:
                 with jax.set_mesh(mesh):
-                    carry = step(carry, *batch)
+                    carry = step(set_temperature(carry, lam), *batch)
             assert len(carry[1][-1][0].trace["w"].sharding.device_set) == devices
             mesh, carry = through_orbax(carry, 2)
         assert_close(carry[0], replay(model, first, batches, lam, begin=2).params[-1], 1e-12)
