@@ -1,8 +1,7 @@
-"""Inside optax's wrappers, before its optimisers, and in the loops of other libraries.
+"""Inside optax's wrappers, before its optimisers, and in Flax NNX.
 
 Everywhere the same few steps, as by plain optax on gradients that the head alone has scaled. The
-loops are those of an SGD user, but for ``tilt`` and the sums: passed to the update, or beside the
-parameters.
+sums are passed to the update, or beside the parameters.
 """
 
 import functools
@@ -10,25 +9,19 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import linen as nn
 from flax import nnx
-from flax.training import train_state
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from absgd_jax import (
     absgd,
     get_temperature,
     scale_by_attention,
     Sums,
-    target_ess,
     tilt,
     zero_sums,
 )
@@ -291,11 +284,6 @@ class TestOptimizers:
             chex.assert_trees_all_close(net_of(at), params, rtol=0, atol=1e-12, custom_message=form)
 
 
-def linear_loss(model, opt_state, sums):
-    """Of what maps [16, 8] to [16, 1]."""
-    return tilt(jnp.square(model(X)[:, 0] - Y), opt_state, sums).mean()
-
-
 def assert_trained(kernel, bias, lams=6 * [LAM]):
     params = {"w": jnp.reshape(kernel, -1), "b": jnp.reshape(bias, ())}
     plain = expected(lambda head: optax.chain(head, SGD), lams=lams)
@@ -313,7 +301,8 @@ def nnx_model(temperature):
 @nnx.jit
 def nnx_step(model, optimizer):
     def loss_fn(model, sums):
-        return linear_loss(model, optimizer.opt_state, sums)
+        losses = jnp.square(model(X)[:, 0] - Y)
+        return tilt(losses, optimizer.opt_state, sums).mean()
 
     _, (grads, sums) = nnx.value_and_grad(loss_fn, argnums=(0, 1))(model, Sums())
     optimizer.update(model, grads, sums=sums)
@@ -327,117 +316,13 @@ class TestNNX:
             nnx_step(model, optimizer)
         assert_trained(model.kernel[...], model.bias[...], LAMS)
 
-
-class TestLinen:
-    """Its TrainState as it is, which passes nothing but gradients on."""
-
-    def test_train_state(self):
-        variables = {"params": {"kernel": PARAMS["w"][:, None], "bias": PARAMS["b"][None]}}
-        state = train_state.TrainState.create(
-            apply_fn=nn.Dense(1).apply,
-            params={"net": variables, "sums": zero_sums()},
-            tx=absgd(RATE, LAM, gamma=GAMMA),
-        )
-
-        @jax.jit
-        def step(state):
-            def loss_fn(params):
-                return linear_loss(
-                    lambda x: state.apply_fn(params["net"], x), state.opt_state, params
-                )
-
-            return state.apply_gradients(grads=jax.grad(loss_fn)(state.params))
-
-        for _ in range(6):
-            state = step(state)
-        assert state.step == 6
-        trained = state.params["net"]["params"]
-        assert_trained(trained["kernel"], trained["bias"])
-        chex.assert_trees_all_equal(state.params["sums"], zero_sums())
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_equinox(form):
-    """It differentiates arrays only, by the first argument only."""
-    model = eqx.nn.Linear(8, 1, key=jax.random.key(0))
-    model = eqx.tree_at(lambda m: (m.weight, m.bias), model, (PARAMS["w"][None], PARAMS["b"][None]))
-    tx = absgd(RATE, LAM, gamma=GAMMA)
-
-    @eqx.filter_jit
-    def step(both, opt_state):
-        def loss_fn(both):
-            model, sums = both
-            return linear_loss(jax.vmap(model), opt_state, sums)
-
-        grads = eqx.filter_grad(loss_fn)(both)
-        if form == "beside":
-            updates, opt_state = tx.update(grads, opt_state, eqx.filter(both, eqx.is_array))
-            return eqx.apply_updates(both, updates), opt_state
-        grads, sums = grads
-        model, zeros = both
-        updates, opt_state = tx.update(grads, opt_state, eqx.filter(model, eqx.is_array), sums=sums)
-        return (eqx.apply_updates(model, updates), zeros), opt_state
-
-    both = model, zero_sums()
-    opt_state = tx.init(eqx.filter(both if form == "beside" else model, eqx.is_array))
-    for _ in range(6):
-        both, opt_state = step(both, opt_state)
-    model, _ = both
-    assert_trained(model.weight, model.bias)
-
-
-def through_orbax(path, state, like):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(path / "state", like)
-
-
-class TestOrbax:
-    """The whole state is saved, restored on any number of devices, and gone on from."""
-
-    TX = optax.MultiSteps(absgd(RATE, target_ess(0.9), gamma=GAMMA), 2).gradient_transformation()
-
-    def shardings(self, carry, devices):
-        """Vectors are spread, scalars are whole."""
-        mesh = jax.make_mesh(
-            (devices,), ("model",), devices=jax.devices()[:devices], axis_types=(AxisType.Auto,)
-        )
-        return jax.tree.map(
-            lambda x: NamedSharding(mesh, P("model") if x.size % 8 == 0 else P()), carry
-        )
-
-    @pytest.mark.parametrize("devices", [8, 4])
-    def test_onto_devices(self, devices, tmp_path):
-        @jax.jit
-        def step(carry):
-            params, opt_state = carry
-            _, grads, _ = value_and_grad(params, opt_state)
-            updates, opt_state = self.TX.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
-
-        params = beside(PARAMS, zero_sums())
-        carry = params, self.TX.init(params)
-        carry = jax.device_put(carry, self.shardings(carry, 8))
-        for _ in range(3):  # one batch of two, and half of the next
-            carry = step(carry)
-        like = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            carry,
-            self.shardings(carry, devices),
-        )
-        restored = through_orbax(tmp_path, carry, like)
-        chex.assert_trees_all_equal(restored, carry)
-        assert len(restored[0]["net"]["w"].sharding.device_set) == devices
-        for _ in range(3):
-            carry, restored = step(carry), step(restored)
-        chex.assert_trees_all_close(restored, carry, rtol=1e-5)
-
-    def test_nnx(self, tmp_path):
-        both = nnx_model(LAM)
+    def test_goes_on_from_orbax(self, tmp_path):
+        both, fresh = nnx_model(LAM), nnx_model(-1.0)
         nnx_step(*both)
-        fresh = nnx_model(-1.0)
-        nnx.update(fresh, through_orbax(tmp_path, nnx.state(both), nnx.state(fresh)))
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(tmp_path / "state", nnx.state(both))
+            checkpointer.wait_until_finished()
+            nnx.update(fresh, checkpointer.restore(tmp_path / "state", nnx.state(fresh)))
         for _ in range(5):
             nnx_step(*fresh)
         model, optimizer = fresh
