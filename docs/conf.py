@@ -22,6 +22,7 @@ extensions = [
     "sphinx.ext.autosummary",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # MathJax from the site itself
     "sphinx_copybutton",
 ]
 exclude_patterns = ["_build"]
@@ -41,6 +42,17 @@ html_css_files = ["site.css"]
 pygments_style = "default"  # in which a diff is red and green
 
 
+# Long pages that don't list their sections themselves. The class tells furo that this is meant, as
+# its own list is behind a button on most screens.
+WITH_CONTENTS = ("choose", "reference", "results/longtail", "results/noise", "tables")
+CONTENTS = """
+```{contents}
+:local:
+:depth: 1
+:class: this-will-duplicate-information-and-it-is-still-useful-here
+```
+"""
+
 # Files outside docs/ that have a page of the site.
 PAGES = {"benchmarks/README.md": "docs/results.md", "CHANGELOG.md": "docs/changelog.md"}
 
@@ -54,6 +66,8 @@ def read_page(app, page, text):
     if page == "tables":
         for table in sorted(RESULTS.glob("*/table.md")):
             text[0] += f"\n## {table.parent.name}\n\n{table.read_text()}"
+    if page in WITH_CONTENTS:
+        text[0] = text[0].replace("\n", f"\n{CONTENTS}", 1)  # below the title
     text[0] = to_pages(text[0], f"docs/{page}")
 
 
