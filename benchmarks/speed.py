@@ -41,7 +41,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from absgd_jax import scale_by_attention, Sums, tilt, zero_sums
-from benchmarks.engine import meta, models, plots, report, steps
+from benchmarks.engine import hlo, meta, models, plots, report, steps
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.config import fail, FROM_1, OR_NONE, POSITIVE, read
 from benchmarks.engine.steps import Batch, FORMS, State, Work
@@ -60,12 +60,16 @@ COLUMNS = {
     "bytes_accessed": ("bytes accessed", "{:.4e}", "{1:.6f}"),
     "memory": ("memory, bytes", "{:,.0f}", "{3:+,}"),
     "state": ("state, bytes", "{:,.0f}", "{3:+,}"),
+    "launches": ("launches", "{:,.0f}", "{3:+,}"),
+    "lowering": ("lowering", "{:.3g} s", SPREAD),
     "compilation": ("compilation", "{:.3g} s", SPREAD),
     "images": ("images a second", "{:,.0f}", ""),
     "seconds": ("time", "{:.3g} s", SPREAD),
     "loss": ("loss after an epoch", "{:.5f}", ""),
     "missing": ("not measured", "{}", ""),
 }
+
+PHASES = "lowering", "compilation"
 
 Job = tuple[Any, ...]  # a function, and its arguments, of which it returns the next first one
 Timer = Callable[[int], float]  # of a number of calls: the seconds of one
@@ -142,6 +146,7 @@ def figures(compiled: Any, state: State, *batches: Batch) -> Record:
         "bytes_accessed": round(cost["bytes accessed"]),
         "transcendentals": round(cost["transcendentals"]),
         "memory": compiled.memory_analysis().temp_size_in_bytes,
+        "launches": hlo.launches(compiled.as_text()),
         "state": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
     }
 
@@ -149,15 +154,18 @@ def figures(compiled: Any, state: State, *batches: Batch) -> Record:
 def run_steps(config: Config, model: str, names: list[str]) -> list[Record]:
     work = steps.make_work(model, config.batch_size)
     found: dict[str, Record] = {}
-    times: dict[str, list[float]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     timers = {}
     for name in in_turn(names, 1 + config.compilations):
         step, *inputs = prepare(work, name)
         start = time.perf_counter()
-        compiled = step.lower(*inputs).compile()
-        times[name].append(time.perf_counter() - start)
+        lowered = step.lower(*inputs)
+        between = time.perf_counter()
+        compiled = lowered.compile()
+        times[name].append((between - start, time.perf_counter() - between))
         # The first time JAX traces much that it then knows.
-        found[name] = figures(compiled, *inputs) | {"compilation": times[name][1:]}
+        seconds = zip(*times[name][1:], strict=True)
+        found[name] = figures(compiled, *inputs) | dict(zip(PHASES, seconds, strict=False))
         timers[name] = timer(compiled, *inputs)
     return compare(config, model, found, timers)
 
@@ -268,7 +276,7 @@ def losses(config: Config, n: int) -> dict[str, Job]:
 
 
 def parameters(config: Config, n: int) -> dict[str, Job]:
-    grads, sums = jnp.ones(n), Sums(jnp.zeros(10).at[:2].set(1.0))  # of losses of V
+    grads, sums = jnp.ones(n), Sums(jnp.zeros(10).at[::6].set(1.0))  # exp and weight of losses of V
 
     def traffic(state, grads, sums):
         return tuple(x + grads for x in state)

@@ -8,7 +8,7 @@ from jax import export
 
 from absgd_jax import Sums
 from benchmarks import pod
-from benchmarks.engine import steps
+from benchmarks.engine import hlo, steps
 from tests.support import commands
 
 HLO = """HloModule step
@@ -44,7 +44,7 @@ QUICKLY = {"xla_backend_optimization_level": 0}  # which a module's text doesn't
 
 
 def test_collectives_of_a_module():
-    assert pod.collectives(HLO) == [
+    assert hlo.collectives(HLO) == [
         ("all-reduce", 4, True),
         ("all-reduce", 8 * 2 + 1 + 2 * 4, False),
         ("all-gather", 16 * 4, True),
@@ -52,7 +52,7 @@ def test_collectives_of_a_module():
 
 
 def test_launches_of_a_module():
-    assert pod.launches(HLO) == 6  # two fusions, three collectives, and a call of cuBLAS
+    assert hlo.launches(HLO) == 6  # two fusions, three collectives, and a call of cuBLAS
 
 
 @pytest.mark.usefixtures("users_promotion")
@@ -70,7 +70,7 @@ class TestStep:
         awaited = int(form == "masked")
         for name, most in ((steps.FORMS[form], 0), (form, Sums().values.size)):
             step, state, batch = self.prepare(name)
-            found = pod.collectives(step.lower(state, batch).compile(QUICKLY).as_text())
+            found = hlo.collectives(step.lower(state, batch).compile(QUICKLY).as_text())
             assert len(found) == 1 + awaited
             assert sum(c.awaited for c in found) == awaited
             assert 0 <= sum(c.bytes for c in found) - 4 * (parameters + 1 + awaited) <= 4 * most

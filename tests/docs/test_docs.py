@@ -3,10 +3,13 @@
 import doctest
 import importlib
 import inspect
+import os
 import pathlib
 import pkgutil
 import re
 import shlex
+import shutil
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -96,10 +99,27 @@ def test_commands_are_understood(page):
     commands = "".join(blocks).replace("\\\n", "").splitlines()
     assert commands
     for command in commands:
-        python, m, module, *flags = shlex.split(command)
-        assert (python, m) == ("python", "-m")
-        module = "benchmarks.__main__" if module == "benchmarks" else module
-        tyro.cli(importlib.import_module(module).Config, args=flags)
+        assert_is_understood(*shlex.split(command))
+
+
+def assert_is_understood(python, m, module, *flags):
+    assert (python, m) == ("python", "-m")
+    module = "benchmarks.__main__" if module == "benchmarks" else module
+    tyro.cli(importlib.import_module(module).Config, args=flags)
+
+
+def test_commands_for_a_gpu_are_understood(tmp_path):
+    python = tmp_path / "python3"
+    python.write_text('#!/bin/sh\necho python "$@"\n')
+    python.chmod(0o755)
+    script = shutil.copy(ROOT / "benchmarks" / "gpu.sh", tmp_path / "benchmarks.sh")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["bash", script], env={"PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    commands = done.stdout.splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        assert_is_understood(*command.split())
 
 
 def test_maths_points_to_code_that_exists():
