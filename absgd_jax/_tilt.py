@@ -43,45 +43,45 @@ from absgd_jax._sums import bound, divergences, means, ride, Sums, zeros_in
 
 
 def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
-    r"""The losses as they are, with the slopes that train as ABSGD does.
+    r"""Leaves the losses as they are, and gives them the slopes of ABSGD.
 
     .. math::
       \mathrm{tilt}(l) = l,
       \qquad
       \frac{\partial\, \mathrm{tilt}(l)}{\partial l} = e^{(l - V) / \lambda}
 
-    with the temperature :math:`\lambda` and the baseline :math:`V` of the optimiser's state; at
+    :math:`\lambda` is the temperature and :math:`V` the baseline in the state of the optimiser; at
     :math:`\lambda = \pm\infty` the slope is 1. It is elementwise: tilt each loss, before the mean,
-    the weights or the mask, and do with the tilted losses what you do with the losses. Logs,
-    schedules and checkpoints that read the loss read the loss itself.
+    the sample weights or the mask, then go on as with the losses themselves. Whatever reads the
+    loss, such as a log or a schedule, reads the same value as without ``tilt``.
 
-    What the update needs is the gradient by ``sums``, which are zero. It has the weights that the
-    loop gave the examples, in whatever way, so that constants and other terms beside the losses, a
-    sum in the place of a mean, micro-batches, devices and loss scaling change nothing but the
-    length of the gradient, as they do for SGD.
+    The update needs the gradient by ``sums``, which are zero. This gradient knows the weight of
+    each example in the loss. So a sum in place of a mean, a constant or another term beside the
+    losses, micro-batches, devices and loss scaling change only the length of the gradient, as they
+    do for SGD.
 
-    Exponents are bounded, in float32 by -78 and 35; beyond, the slope stays what it is at the
-    bound. The slope of a loss that is not finite is 1.
+    Exponents are bounded, in float32 to between -78 and 35: further off, the slope is that at the
+    bound. A loss that is not finite has the slope 1.
 
     Args:
-      losses: Floating point, of any shape: ``[B]``, ``[B, T]``, a scalar, ...
-      opt_state: The state that the update is about to be given, of a transformation that holds one
+      losses: Floating point, of any shape: ``[B]``, ``[B, T]``, ...
+      opt_state: The state that is passed to the next update, of a transformation that holds one
         :func:`scale_by_attention`, alone or inside any chain or wrapper.
-      sums: ``Sums()``, by which the loss is differentiated, too; or the parameters, if
-        :func:`zero_sums` stand beside them.
+      sums: ``Sums()``, if the loss is differentiated by them, too; or the parameters, if
+        :func:`zero_sums` are among them.
 
     Returns:
       The losses, in float32 or in their dtype if that is wider.
 
     Raises:
-      TypeError: ``losses`` are not floating point, or ``sums`` are of less than 32 bits.
-      ValueError: ``opt_state`` holds no attention, or several, or is that of several models;
-        ``sums`` hold no :class:`Sums`, or several, or of another shape.
+      TypeError: ``losses`` are not floating point, or ``sums`` have less than 32 bits.
+      ValueError: ``opt_state`` doesn't hold exactly one :class:`AttentionState`, or is that of
+        several models; ``sums`` don't hold exactly one :class:`Sums`, or have another shape.
 
     Warns:
-      UserWarning: ``opt_state`` is a constant of a function that is being traced. A jitted step has
-        to take it as an argument. An eager ``lax.scan``, ``lax.cond`` or ``jax.checkpoint`` over a
-        closed-over state warns, too, and is right.
+      UserWarning: ``losses`` are a scalar, which most often is a mean; or ``opt_state`` is a constant in a traced function. A jitted step has to take it as
+        an argument. An eager ``lax.scan``, ``lax.cond`` or ``jax.checkpoint`` that closes over the
+        state warns, too, but computes the right thing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -112,10 +112,17 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
     state = attention_of(opt_state)
     losses = as_floats("losses", losses)
     zeros = zeros_in(sums)
+    if losses.ndim == 0:
+        warnings.warn(
+            "tilt weights each loss by itself, and was given a scalar: if it is a mean, tilt the "
+            "losses before it. If it is the loss of one example, tilt loss[None].",
+            stacklevel=2,
+        )
     if _is_constant(state.baseline):
         warnings.warn(
             "The optimiser's state that tilt was given is a constant here. If this function is "
-            "jitted, pass the state as an argument: a constant one doesn't follow λ.",
+            "jitted, pass the state as an argument: a constant one is right for a fixed λ alone, "
+            "and makes the updates NaN as soon as λ changes.",
             stacklevel=2,
         )
     lam, baseline = temperature_and_baseline(state, losses.dtype)
@@ -202,8 +209,8 @@ def attend(
     lost = (silent | beyond) & ~left
     followed = jnp.where(first, mean_loss, baseline + gamma * (mean_loss - baseline))
     moved = jnp.where(lost, mean_loss, jnp.where(left, baseline, baseline + lam * log))
-    counts = optax.safe_increment(jnp.maximum(averaged, 0))
-    counts = jnp.where(lost, 1, jnp.where(left, -1, counts))
+    counts = optax.safe_increment(jnp.abs(averaged))
+    counts = jnp.where(lost, 1, jnp.where(left, -averaged, counts))
     new = state._replace(
         baseline=jnp.where(usable, jnp.where(plain, followed, moved), baseline),
         averaged=jnp.where(usable & ~plain, counts, averaged),
@@ -217,20 +224,25 @@ def attend(
     tells = usable & (chi2 > 0)
     out_of_range = jnp.where(silent, ~left, usable & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
-    return jnp.where(fits, jnp.where(plain, 1, scale), jnp.nan), new, Divergences(*divs)
+    # A step in which nothing counts stands still at any λ, so that a forgotten tilt shows.
+    scale = jnp.where(plain, counted, scale)
+    return jnp.where(fits, scale, jnp.nan), new, Divergences(*divs)
 
 
 def _fit(batch: Sums, lam: jax.Array) -> jax.Array:
     """Whether the means are of losses that were tilted with λ, if they are of any.
 
-    Weights that are negative in sum, noise, and what is not linear leave none that fit together.
-    Sums that were in bfloat16 are as good as 1 %.
+    Weights that are negative in sum, as of log-likelihoods in the place of losses, would weight by
+    -λ; noise, and what is not linear, leave none that fit together. Sums that were in bfloat16 are
+    as good as 1 %.
     """
     ours, theirs = inverse(lam), batch.inverse
     same = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
     error = jnp.abs(batch.exp - batch.excess - 1)  # each exp(z) is 1 + expm1(z)
     linear = (batch.exp > 0) & (error <= 0.02 * (1 + batch.exp))
-    fit: jax.Array = (same & (is_infinite(lam) | linear)) | (batch.weight == 0)
+    fit: jax.Array = (same & (is_infinite(lam) | linear) & (batch.weight >= 0)) | (
+        batch.weight == 0
+    )
     return fit
 
 
@@ -253,7 +265,7 @@ def _divergences(
 def robust_loss(
     losses: ArrayLike, temperature: ArrayLike, *, where: ArrayLike | None = None
 ) -> jax.Array:
-    r"""Robust loss of a batch: its losses' soft maximum or soft minimum.
+    r"""Robust loss of a batch: the soft maximum of its losses, or the soft minimum.
 
     .. math::
       F_\lambda(l) = \lambda \log \frac{1}{n} \sum_{i=1}^n \exp(l_i / \lambda),
@@ -261,14 +273,14 @@ def robust_loss(
       \frac{\partial F_\lambda}{\partial l_i}
         = \frac{\exp(l_i / \lambda)}{\sum_j \exp(l_j / \lambda)}
 
-    It is the objective, to evaluate and report; what trains has the gradient of :func:`tilt`. With
-    :math:`\lambda > 0` it is :math:`\max_p \sum_i p_i l_i - \lambda \mathrm{KL}(p \| 1/n)`, with
-    :math:`\lambda < 0` the minimum over :math:`p` of the same, and with :math:`\pm\infty` the mean.
+    This is the objective, to evaluate and report. For training use :func:`tilt`. For
+    :math:`\lambda > 0` it is :math:`\max_p \sum_i p_i l_i - \lambda \mathrm{KL}(p \| 1/n)`, for
+    :math:`\lambda < 0` the minimum of the same over :math:`p`, and for :math:`\pm\infty` the mean.
 
     Args:
       losses: Per-example losses, floating point, of any shape but ``()``: ``[B]``, ``[B, T]``, ...
-      temperature: λ, a scalar, traced or not. Positive leans on hard examples, negative on easy
-        ones; from 1e30 on it counts as infinite. The optimiser's is ``get_temperature(opt_state)``.
+      temperature: λ, a scalar, traced or not. Positive favours hard examples, negative easy ones;
+        from 1e30 on it counts as infinite. The optimiser's is ``get_temperature(opt_state)``.
       where: Boolean array of the shape of ``losses``: the entries to include. All, if ``None``.
         With none included the loss is zero.
 
@@ -296,6 +308,9 @@ def robust_loss(
 
     References:
       Qi et al., `ABSGD <https://arxiv.org/abs/2012.06951>`_, TMLR 2023
+
+      Li et al., `Tilted Empirical Risk Minimization <https://arxiv.org/abs/2007.01162>`_, ICLR
+      2021, whose objective it is, with the tilt :math:`t = 1 / \lambda`
     """
     check_temperature(temperature)
     losses = as_batch("losses", losses)
