@@ -56,6 +56,7 @@ from benchmarks.engine.search import search, SEEDS, seeds_of
 AT_ONCE = 16  # runs of a program; the last ones are filled up, so that one compilation serves all
 TESTED = 1 / 4  # share of a data set; of the rest the search holds out as much
 NORMAL = 1.4826  # standard deviation / MAD
+FAR = 3.0  # an RMSE, in standard deviations
 CRITERIA = "mae", "median", "rmse"  # of the residuals on validation data
 MARKERS = {"symmetric": "o", "one_sided": "s", "clustered": "D", "leverage": "^"}
 KINDS = tuple(MARKERS)
@@ -286,15 +287,20 @@ def train(
 
 
 def measure(predicted: np.ndarray, truth: np.ndarray, finite: bool) -> dict[str, Any]:
-    """What one run did; it diverged, too, if its predictions don't follow the truth."""
+    """What one run did.
+
+    It diverged, too, if its predictions don't follow the truth, or are further off than a model of
+    the errors alone would be.
+    """
     predicted = np.nan_to_num(predicted.astype(float), posinf=0, neginf=0)
     residuals = np.abs(predicted - truth)
+    rmse = np.sqrt(np.mean(residuals**2))
     follows = predicted.std() > 0 and np.corrcoef(predicted, truth)[0, 1] > 0.1
     return {
         "mae": residuals.mean(),
         "median": np.median(residuals),
-        "rmse": np.sqrt(np.mean(residuals**2)),
-        "diverged": int(not (finite and follows)),
+        "rmse": rmse,
+        "diverged": int(not (finite and follows and rmse < FAR)),
     }
 
 
@@ -353,15 +359,20 @@ def tables(c: Config, results: list[dict[str, Any]]) -> list[str]:
             rows.append((record["data"], record["kind"], f"{record['share']:g}", *cells))
         return f"{title}\n\n{report.markdown(rows)}"
 
+    def figures(record: dict[str, Any]) -> str:
+        right = record["diverged"] == 0
+        text = report.mean_std(record["rmse"][right], ".3f") if right.sum() > 1 else "–"
+        return text if right.all() else f"{text}, {sum(~right)} diverged"
+
     def score(criterion: str) -> Callable[[dict[str, Any], str], str]:
-        return lambda of, method: report.mean_std(of[method][criterion]["rmse"], ".3f")
+        return lambda of, method: figures(of[method][criterion])
 
     def gain(of: dict[str, Any], method: str) -> str:
-        x, y = (of[name]["mae"]["rmse"] for name in (method, "Huber"))
-        return "" if method == "Huber" else report.difference(x, y, ".3f")
-
-    def diverged(of: dict[str, Any], method: str) -> str:
-        return f"{of[method]['mae']['diverged'].sum()} of {c.seeds}"
+        ours, huber = of[method]["mae"], of["Huber"]["mae"]
+        both = ours["diverged"] + huber["diverged"] == 0
+        if method == "Huber" or both.sum() < 2:
+            return ""
+        return report.difference(ours["rmse"][both], huber["rmse"][both], ".3f")
 
     def chosen(of: dict[str, Any], method: str) -> str:
         knobs = Setting(*of[method]["mae"]["setting"])
@@ -370,24 +381,30 @@ def tables(c: Config, results: list[dict[str, Any]]) -> list[str]:
         return ", ".join([*text, f"rate {knobs.learning_rate:g}"])
 
     return [
-        table("RMSE on right targets, where validation MAE chooses:", methods, score("mae")),
+        table(
+            "RMSE on right targets, of runs that didn't diverge, where validation MAE chooses:",
+            methods,
+            score("mae"),
+        ),
         table("The same less Huber's, paired by seed, ± standard error:", methods, gain),
         table("Where the median absolute residual chooses:", methods, score("median")),
         table("Where validation RMSE chooses:", methods, score("rmse")),
         table("By f, and by the scale:", each, score("mae")),
-        table("Runs that diverged, where MAE chooses:", methods + each, diverged),
         table("What MAE chooses:", methods, chosen),
     ]
 
 
 def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
-    """RMSE over the share of errors, a row a data set and a panel a kind; then over f and scale."""
+    """Median RMSE of the runs, a row a data set.
+
+    A panel a kind over the share of errors, and one over f and one over the scale.
+    """
     shape = len(c.datasets), len(c.kinds) + 2
     size = 2.3 * shape[1] + 1.8, 2.4 * shape[0] + 0.6
     figure, grid = plt.subplots(*shape, figsize=size, sharey="row", squeeze=False)
 
-    def mean(record: dict[str, Any], method: str) -> float:
-        return record["methods"][method]["mae"]["rmse"].mean()
+    def median(record: dict[str, Any], method: str) -> float:
+        return np.median(record["methods"][method]["mae"]["rmse"])
 
     for row, name in zip(grid, c.datasets, strict=True):
         records = [r for r in results if r["data"] == name]
@@ -395,12 +412,14 @@ def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
             of = [r for r in records if r["kind"] in (kind, "none")]
             for method, (color, ls) in STYLES.items():
                 style = {"color": color, "ls": ls, "lw": 2 if ls == "-" else 1.2}
-                axes.plot([r["share"] for r in of], [mean(r, method) for r in of], **style)
+                axes.plot([r["share"] for r in of], [median(r, method) for r in of], **style)
             axes.set_title(f"{name}, {kind.replace('_', '-')}")
         for axes, (method, knobs) in zip(row[[-2, -1, -1]], knobs_of(c).items(), strict=True):
             for of in (r for r in records if r["share"] == c.shares[-1]):
                 style = {"color": STYLES[method][0], "marker": MARKERS[of["kind"]]}
-                axes.plot(knobs, [mean(of, f"{method} {k:g}") for k in knobs], lw=1, ms=4, **style)
+                axes.plot(
+                    knobs, [median(of, f"{method} {k:g}") for k in knobs], lw=1, ms=4, **style
+                )
             axes.set_title(f"{name}, share {c.shares[-1]:g}")
         row[-1].set_xscale("log")
         row[-1].set_xticks(c.scales, [f"{s:g}" for s in c.scales], minor=False)
@@ -418,7 +437,7 @@ def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
         for kind in c.kinds
     ]
     figure.legend(handles=lines, loc="outside right upper")
-    figure.supylabel("RMSE on right targets")
+    figure.supylabel("RMSE on right targets, median")
     plots.save(figure, path)
 
 

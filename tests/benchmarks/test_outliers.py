@@ -164,7 +164,7 @@ def test_measure():
     right = {"mae": 1.0, "median": 0.5, "rmse": np.sqrt(2.5), "diverged": 0}
     assert outliers.measure(np.float32([0, 0, 2, 6]), truth, True) == pytest.approx(right)
     assert outliers.measure(truth, truth, False)["diverged"]
-    for astray in (np.zeros(4), -truth, truth * np.nan):
+    for astray in (np.zeros(4), -truth, truth * np.nan, truth + 4):
         found = outliers.measure(astray, truth, True)
         assert found["diverged"]
         assert np.isfinite(found["rmse"])
@@ -211,8 +211,9 @@ def test_table(tmp_path, monkeypatch, capsys):
     for row, record in zip(rows, results.values(), strict=True):
         for method, cell in zip(head[3:], row[3:], strict=True):
             by = record["methods"][method.strip()]
-            x = np.array(by["mae"]["rmse"])
-            assert cell.strip() == f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
+            x, astray = np.array(by["mae"]["rmse"]), sum(by["mae"]["diverged"])
+            figures = "–" if astray else f"{x.mean():.3f} ± {x.std(ddof=1):.3f}"
+            assert cell.strip() == figures + f", {astray} diverged" * bool(astray)
             for i, criterion in enumerate(outliers.CRITERIA, start=-3):
                 grid = [s for s in record["validation"] if s[:-4] == by["mae"]["setting"][:-1]]
                 best = min(grid, key=lambda s, i=i: s[i])
