@@ -79,9 +79,11 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
         several models; ``sums`` don't hold exactly one :class:`Sums`, or have another shape.
 
     Warns:
-      UserWarning: ``losses`` are a scalar, which most often is a mean; or ``opt_state`` is a constant in a traced function. A jitted step has to take it as
-        an argument. An eager ``lax.scan``, ``lax.cond`` or ``jax.checkpoint`` that closes over the
-        state warns, too, but computes the right thing.
+      UserWarning: ``losses`` are a scalar, which most often is a mean; or ``opt_state`` is a
+        constant in a traced function. A jitted step has to take it as an argument: with a constant
+        one, any other term of the loss has its gradient times about :math:`e^{-V / \lambda}`, and a
+        λ that changes makes the updates NaN. An eager ``lax.scan``, ``lax.cond`` or
+        ``jax.checkpoint`` that closes over the state warns, too, but computes the right thing.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -122,7 +124,7 @@ def tilt(losses: ArrayLike, opt_state: optax.OptState, sums: Any) -> jax.Array:
         warnings.warn(
             "The optimiser's state that tilt was given is a constant here. If this function is "
             "jitted, pass the state as an argument: a constant one is right for a fixed λ alone, "
-            "and makes the updates NaN as soon as λ changes.",
+            "without other terms in the loss, and makes the updates NaN as soon as λ changes.",
             stacklevel=2,
         )
     lam, baseline = temperature_and_baseline(state, losses.dtype)
