@@ -425,6 +425,7 @@ def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
         row[-1].set_xticks(c.scales, [f"{s:g}" for s in c.scales], minor=False)
         row[-1].xaxis.set_minor_locator(NullLocator())
         row[0].set_yscale("log")
+        row[0].set_ylim(top=min(FAR, row[0].get_ylim()[1]))  # what diverged is above
         row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         row[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         row[0].yaxis.set_minor_locator(NullLocator())
