@@ -88,5 +88,6 @@ def to_pages(text, file):
             heading = (folder[1] or "all-tables").replace(".", "")
         return f"/{os.path.relpath(path, 'docs')}{mark}{heading}"
 
+    text = re.sub(r"^(\s*)%", r"\1\%", text, flags=re.MULTILINE)  # or MyST reads a comment
     text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
     return re.sub(r"(?<=\]\()(?!\w+:|#)[^)\s]+", to_page, text)
