@@ -1,11 +1,11 @@
-"""Temperatures: those that are given, plain at first, and those that tune themselves.
+"""Temperatures: given ones, two-stage ones, and automatic ones.
 
-An optimiser asks each of them two questions: what λ is at first, and what it is next. Those that
-tune themselves bring D, a divergence of the batch's weights from the plain mean, to its target D*:
+An optimiser asks each of them two questions: what λ is at first, and what it is next. Automatic
+ones bring D, a divergence of the batch's weights from equal ones, to its target D*:
 
     |λ| ← |λ| (D / D*)^rate
 
-for while |λ| is large D goes as 1 / λ².
+because D is proportional to 1 / λ² while |λ| is large.
 """
 
 from collections.abc import Callable
@@ -34,20 +34,21 @@ _SETTLED = 1e-3
 class Temperature(NamedTuple):
     """A temperature: what λ is at first, and what it is next.
 
-    A rule of your own is a pair of functions, passed where a number is. The leaf ``temperature`` of
-    the state is λ: ``update`` is given the state that was used, whoever has set it, and what it
-    returns is written.
+    For a rule of your own, pass a pair of functions in place of a number. λ is the leaf
+    ``temperature`` of the state. ``update`` gets the state that the batch was weighted with, and
+    returns the next λ.
 
     Attributes:
       init: ``init() -> λ`` of the first step.
       update: ``update(state, divergences) -> λ`` of the next step. ``state`` is the
-        :class:`AttentionState` of this one, λ being a float in the dtype of V, and ``state.count``
-        its number. ``divergences.chi2``, which is 1 / ESS - 1, and ``divergences.kl`` are those of
-        this batch's weights: at its λ, and while that is ±∞ at ``abs(state.baseline) + 1``, from
-        where they fall as 1 / λ². They are 0 where the batch doesn't tell, and inf where all of it
-        is out of the range of λ.
-      automatic: Whether it follows the batches: ``debias``, ``damping`` and ``max_jump`` then have
-        other defaults.
+        :class:`AttentionState` of this step; its λ is a float in the dtype of V, and
+        ``state.count`` is the number of the step. ``divergences.chi2``, which is 1 / ESS - 1 with
+        the effective sample size ESS, and ``divergences.kl`` are those of this batch's weights at
+        its λ. While λ is ±∞ they are those at ``abs(state.baseline) + 1``, and proportional to
+        1 / λ² from there. They are 0 if the batch doesn't determine them, and inf if all of it is
+        out of the range of λ.
+      automatic: Whether it adapts to the batches. If so, ``debias``, ``damping`` and ``max_jump``
+        have other defaults.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -96,7 +97,7 @@ def value_at(name: str, value: optax.ScalarOrSchedule, count: ArrayLike) -> Arra
 def two_stage(
     temperature: optax.ScalarOrSchedule | Temperature, begin: int | jax.Array
 ) -> Temperature:
-    r"""Two-stage training: plain averages at first, then a temperature.
+    r"""Two-stage training: plain SGD at first, then a temperature.
 
     .. math::
       \lambda_t = \infty \quad (t < \text{begin}), \qquad
@@ -104,10 +105,10 @@ def two_stage(
 
     Args:
       temperature: λ of the second stage: a number, a 0-d array, a schedule, whose steps count from
-        its start, or automatic.
-      begin: Number of updates in the first stage. In the second, a number or an automatic
-        temperature starts wherever λ is infinite: in a state from a longer first stage, or one in
-        which λ was set to ``jnp.inf``.
+        the start of this stage, or automatic.
+      begin: Number of updates in the first stage, the plain one. In the second, a number or an
+        automatic temperature starts whenever it finds an infinite λ: in a state from a longer first
+        stage, or one in which λ was set to ``jnp.inf``.
 
     Returns:
       A temperature, for :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`.
@@ -172,35 +173,37 @@ def target_ess(
       |\lambda| \leftarrow |\lambda|
         \left(\frac{1 / \mathrm{ESS} - 1}{1 / \text{fraction} - 1}\right)^{\text{rate}}
 
-    for the self-normalised weights :math:`w_i \propto \exp(l_i / \lambda)` of the n examples. From
-    an infinite λ it goes where a normal distribution of the losses would have the target.
+    with weights :math:`w_i \propto \exp(l_i / \lambda)` of the n examples, whose sum is 1. From an
+    infinite λ it moves to the λ at which normally distributed losses would be on target.
 
-    Pass it as the ``temperature`` of :func:`absgd`, :func:`abadam` or :func:`scale_by_attention`,
-    or of :func:`two_stage`.
+    Pass it as the ``temperature`` of :func:`absgd`, :func:`abadam`, :func:`scale_by_attention` or
+    :func:`two_stage`.
 
-    A batch moves λ by a factor of 2 at most. It leaves λ as it is where the weights say nothing:
-    all losses equal, one example, all masked, or a loss that is not finite. Over batches the mean
-    of log(1 / ESS - 1) is on target. A target may be out of reach, as with two examples, or with
-    ties in most of a batch: once a part of it has all the weight, in equal shares, a smaller λ
-    changes nothing. So λ falls no further where log(1 / ESS) and KL, which agree there, do to a
-    thousandth.
+    A batch moves λ by a factor of 2 at most. It leaves λ as it is if its weights say nothing: if
+    all losses are equal, there is one example, all are masked, or a loss is not finite. Over
+    batches, the mean of log(1 / ESS - 1) is on target. A target may be out of reach, as with two
+    examples, or with ties in most of a batch: once a part of it has all the weight, in equal
+    shares, a smaller λ changes nothing. There log(1 / ESS) and KL agree. So λ stops falling where
+    they agree to a thousandth.
 
     The target bounds what a class can gain: the weight of a share f of the batch grows at most by
+    the factor
 
     .. math::
       1 + \sqrt{\left(\frac{1}{\text{fraction}} - 1\right) \frac{1 - f}{f}}
 
-    which at 0.9 is 3.1 for f = 2.5 % and 1.6 for f = 25 %. So the rarer a class, the more a given
-    fraction can add to what a loss that knows the class sizes does for it: there begin near 1, and
-    validate. At :math:`\lambda < 0` it is the hard examples that lose weight, whether their labels
-    are wrong or not; of two classes one may be lost whole, unless each loss is taken less the
-    :func:`robust_loss` of its class at λ, under ``stop_gradient``.
+    which at 0.9 is 3.1 for f = 2.5 % and 1.6 for f = 25 %. So the rarer a class, the more it can
+    gain. A loss that knows the class sizes favours rare classes already: there begin with a
+    fraction near 1, and validate. At :math:`\lambda < 0` hard examples lose weight, whether their
+    labels are wrong or right. With two classes one may lose all its weight. To prevent that, tilt
+    within classes: subtract from each loss the :func:`robust_loss` of its class at λ, under
+    ``stop_gradient``.
 
     Args:
       fraction: Target of ESS, in (0, 1), as a share of the batch: near 1 the examples have almost
         equal weights. At :math:`\lambda < 0`, about the share of labels that are right.
-      init_value: λ to start from. Its sign is kept: positive leans on hard examples, negative on
-        easy ones.
+      init_value: λ to start from. Its sign is kept: positive favours hard examples, negative easy
+        ones.
       rate: Gain of the update, in (0, 0.5]. With the default λ settles within 50 steps from 100
         times too small or too large.
 
@@ -244,7 +247,7 @@ def target_kl(
     init_value: float | jax.Array = jnp.inf,
     rate: float | jax.Array = 0.1,
 ) -> Temperature:
-    r"""Temperature that holds the weights' divergence from the plain mean on target.
+    r"""Temperature that holds the KL divergence of the weights from equal ones on target.
 
     .. math::
       \mathrm{KL} = \sum_i w_i \log(n w_i) = -\frac{\partial F_\lambda}{\partial \lambda},
@@ -252,14 +255,14 @@ def target_kl(
       |\lambda| \leftarrow |\lambda|
         \left(\frac{\mathrm{KL}}{\text{radius}}\right)^{\text{rate}}
 
-    Where KL is on target λ is the dual variable of the constrained problem, whose ball has that
+    When KL is on target, λ is the dual variable of the constrained problem, with a ball of that
     radius:
 
     .. math::
       \min_{\lambda > 0} F_\lambda + \lambda \cdot \text{radius}
         = \max_{p:\, \mathrm{KL}(p \| 1/n) \leq \text{radius}} \sum_i p_i l_i
 
-    In everything else it is as :func:`target_ess`.
+    In all else it is like :func:`target_ess`.
 
     Args:
       radius: Target of KL, positive, in nats: near 0 the examples have almost equal weights.

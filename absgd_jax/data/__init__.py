@@ -1,4 +1,4 @@
-"""Makers of long-tailed and noisy data: NumPy arrays of indices and labels, never the data."""
+"""Long-tailed subsets and noisy labels, as NumPy arrays of indices and labels."""
 
 from absgd_jax.data._label_noise import flip_labels as flip_labels
 from absgd_jax.data._long_tail import class_counts as class_counts

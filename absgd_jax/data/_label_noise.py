@@ -19,13 +19,15 @@ def flip_labels(
 ) -> tuple[NDArray[np.integer], NDArray[np.bool_]]:
     """Labels with a given rate of noise.
 
-    Of each class, ``rate`` times as many labels as it has, rounded, are drawn again, from
+    In each class, the share ``rate`` of the labels, rounded to a whole number, is drawn again. New
+    labels come from
 
-    - ``"symmetric"``: the other classes, all alike, so that each of them changes;
-    - ``"symmetric_inclusive"``: all classes, so that ``rate * (C - 1) / C`` of the labels change;
-    - ``"asymmetric"``: the next class, and the first after the last;
-    - a matrix of shape ``[C, C]``, whose row c is the distribution of the new label of class c.
-      With a ``rate`` of 1 it is the transition matrix of the noise.
+    - ``"symmetric"``: the other classes, uniformly, so that every drawn label changes;
+    - ``"symmetric_inclusive"``: all classes, uniformly, so that ``rate * (C - 1) / C`` of the
+      labels change;
+    - ``"asymmetric"``: the next class, and after the last the first;
+    - a matrix of shape ``[C, C]``: row c is the distribution of the new labels of class c. With a
+      ``rate`` of 1 it is the transition matrix of the noise.
 
     Args:
       labels: Integers in [0, ``num_classes``), of shape ``[N]``.

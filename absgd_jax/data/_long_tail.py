@@ -46,8 +46,8 @@ def long_tailed_counts(
       max_count: Size of the most frequent class.
       num_classes: C, at least 2.
       imbalance_factor: ρ in (0, 1], the size of the rarest class by that of the most frequent.
-      kind: ``"exp"``, the formula above; or ``"step"``, where the first C // 2 classes keep
-        ``max_count`` and the others have ρ times as many.
+      kind: ``"exp"``, the formula above; or ``"step"``: the first C // 2 classes have ``max_count``
+        examples, and the others ρ times as many.
 
     Returns:
       Counts of shape ``[C]``.
@@ -95,13 +95,14 @@ def long_tailed_indices(
     """Indices of a random long-tailed subset of a data set.
 
     Args:
-      labels: Integers of shape ``[N]``, each of the C classes 0, 1, ... being met.
+      labels: Integers of shape ``[N]``, in which each of the C classes 0, 1, ... occurs.
       imbalance_factor: ρ in (0, 1], the size of the rarest class by that of the most frequent.
       kind: As in :func:`long_tailed_counts`, which gives the class sizes.
-      max_count: Size of the most frequent class. The default, the size of the smallest in
-        ``labels``, is the largest that serves every class order.
+      max_count: Size of the most frequent class. By default that of the smallest class in
+        ``labels``, the largest size that fits every class order.
       class_order: Permutation of the classes, the most frequent first, such as
-        ``rng.permutation(C)``: which are rare matters as much as how rare. 0, 1, ... if ``None``.
+        ``rng.permutation(C)``; 0, 1, ... if ``None``. Results depend on which classes are rare as
+        much as on how rare they are.
       seed: An integer or a NumPy generator.
 
     Returns:
@@ -152,8 +153,8 @@ def split_by_count(
 
     Args:
       counts: Number of training examples of each class, of shape ``[C]``.
-      many: Classes with more than this have many.
-      few: Classes with less than this have few.
+      many: Classes with more examples than this have many.
+      few: Classes with fewer examples than this have few.
 
     Returns:
       The classes of the three groups, in that order.

@@ -1,8 +1,8 @@
-"""What the weights do: pure functions of a batch, to be called inside the step and logged.
+"""What the weights do: pure functions of a batch, to call inside the step and log.
 
-``weights`` are those of a batch on any scale, such as ``jax.grad(robust_loss)(losses,
-temperature)``. Where ``pmap`` or ``shard_map`` spreads the batch, ``axis_name`` names the axes;
-under ``jit`` arrays are global. Of a batch that is masked whole everything is 0.
+``weights`` are those of a batch, on any scale, such as ``jax.grad(robust_loss)(losses,
+temperature)``. If ``pmap`` or ``shard_map`` spreads the batch, ``axis_name`` names the axes; under
+``jit`` arrays are global. For a fully masked batch everything is 0.
 """
 
 from absgd_jax.diagnostics._weights import class_mass as class_mass

@@ -74,7 +74,7 @@ def largest_weight(
 def kl_divergence(
     weights: ArrayLike, *, where: ArrayLike | None = None, axis_name: Hashable | None = None
 ) -> jax.Array:
-    r"""Divergence of a batch's weights from the plain mean, in nats.
+    r"""KL divergence of a batch's weights from equal ones, in nats.
 
     .. math::
       \mathrm{KL} = \sum_i w_i \log(n w_i), \qquad \sum_i w_i = 1
@@ -110,8 +110,9 @@ def class_mass(
     """The share of a batch's weights that each class has.
 
     Args:
-      labels: Classes in [0, ``num_classes``), integers of the shape of ``weights``; others count
-        for none. Or any groups, such as ``is_noisy.astype(int)`` where the wrong labels are known.
+      labels: Classes in [0, ``num_classes``), integers of the shape of ``weights``; other values
+        belong to no class. Any groups will do, such as ``is_noisy.astype(int)`` if the wrong labels
+        are known.
       num_classes: Their number.
       weights, where, axis_name: As in :func:`effective_sample_size`.
 
@@ -155,16 +156,18 @@ def summary(
     r"""All diagnostics of a batch, as a flat dictionary of scalars for any logger.
 
     Args:
-      losses: Per-example losses, as they are, not tilted: as in :func:`absgd_jax.robust_loss`.
+      losses: Per-example losses before :func:`absgd_jax.tilt`, as in
+        :func:`absgd_jax.robust_loss`.
       opt_state: The state that they are tilted with, as in :func:`absgd_jax.tilt`.
       labels, num_classes, where, axis_name: As in :func:`class_mass`.
 
     Returns:
       ``mean_loss``; ``robust_loss``, F; ``temperature``, λ; ``effective_sample_size``,
       ``largest_weight`` and ``kl_divergence`` of the weights; ``log_normalizer``,
-      :math:`\log(u / \alpha) = V / \lambda`, and ``log_normalizer_drift``,
-      :math:`(F - V) / \lambda`: how far the batch stands above the moving average, both 0 while
-      there is none or λ is infinite. With ``labels``, ``class_mass/0``, ``class_mass/1``, ...
+      :math:`\log(u / \alpha) = V / \lambda`; and ``log_normalizer_drift``,
+      :math:`(F - V) / \lambda`, which says how far the batch stands above the moving average. The
+      last two are 0 while there is no average, or λ is infinite. With ``labels`` also
+      ``class_mass/0``, ``class_mass/1``, ...
 
     Raises:
       TypeError, ValueError: As :func:`absgd_jax.robust_loss`, :func:`absgd_jax.tilt` and

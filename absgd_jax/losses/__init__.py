@@ -1,10 +1,11 @@
 """Per-example losses for imbalanced and noisy labels, and class priors.
 
-A loss maps ``logits`` of shape ``[..., C]`` and ``labels`` to losses of shape ``[...]``, one an
-example, a token or a pixel, to be averaged or given to :func:`absgd_jax.tilt`. Labels are integers
-of shape ``[...]`` or, unless a loss says otherwise, distributions over the classes: floats of shape
-``[..., C]``. Where the formula has a label y, a distribution's loss is the mean over its classes.
-Entries that ``where`` masks out have loss and gradient zero, whatever their logits and labels.
+A loss maps ``logits`` of shape ``[..., C]`` and ``labels`` to losses of shape ``[...]``: one for
+each example, token or pixel, to be averaged or passed to :func:`absgd_jax.tilt`. Labels are
+integers of shape ``[...]`` or, unless a loss says otherwise, distributions over the classes: floats
+of shape ``[..., C]``. If the formula has a label y, the loss of a distribution is its mean over the
+classes. Entries that ``where`` masks out have zero loss and gradient, whatever their logits and
+labels.
 
 Plain cross-entropy is ``optax.losses.softmax_cross_entropy``.
 """

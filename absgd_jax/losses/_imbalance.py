@@ -1,4 +1,4 @@
-"""Cross-entropies for classes that are unequal, by their counts or by how hard the examples are."""
+"""Cross-entropies for unequal classes: by class counts, or by how hard the examples are."""
 
 from collections.abc import Hashable
 
@@ -32,14 +32,14 @@ def balanced_softmax(
     .. math::
       l = -\log \frac{n_y^\tau e^{z_y}}{\sum_k n_k^\tau e^{z_k}}
 
-    Trained with it, ``logits`` themselves predict as if the classes were equally frequent.
+    After training with it, the ``logits`` predict as if the classes were equally frequent.
 
     Args:
       logits: z, floating point, of shape ``[..., C]``.
       labels: Integers of shape ``[...]``, or distributions of shape ``[..., C]``.
       class_counts: n, the counts or frequencies of the classes in the training set, of shape
-        ``[C]``. A class with none leaves the sum; but where the label names it, it counts as the
-        rarest class that has some.
+        ``[C]``. A class without examples is left out of the sum. If a label names it all the same,
+        it counts as the rarest class that has some.
       tau: τ, the strength of the adjustment: 1 is balanced softmax, 0 is cross-entropy.
       where: Boolean array of shape ``[...]``: the entries that are not masked out.
 
@@ -88,16 +88,16 @@ def arb(
     .. math::
       l = -\log \frac{e^{z_y}}{\sum_k \frac{n_k}{n_y} e^{z_k}}
 
-    It is :func:`balanced_softmax` with the class counts :math:`n` of the batch. At equal logits
+    This is :func:`balanced_softmax` with the class counts :math:`n` of the batch. At equal logits
     the examples of a class then attract its classifier weight just as much as the others repel it.
-    In a batch of one class losses and gradients are 0, so that batches of one example teach
-    nothing: pass the :func:`running_counts` as ``class_counts`` there.
+    In a batch of one class, losses and gradients are 0. So nothing is learnt from batches of one
+    example: pass :func:`running_counts` as ``class_counts`` there.
 
     Args:
       logits: As in :func:`balanced_softmax`, the leading dimensions being the batch.
       labels: As in :func:`balanced_softmax`; distributions count by their probabilities.
       class_counts: n, of shape ``[C]``, in place of the counts in the batch.
-      where: As in :func:`balanced_softmax`; what is masked out does not count.
+      where: As in :func:`balanced_softmax`; masked entries are not counted.
       axis_name: Name, or tuple of names, of the mapped axes (``pmap``, ``shard_map``, ``vmap``)
         over which the batch is spread. Not needed under ``jit``, where arrays are global.
 
@@ -154,7 +154,7 @@ def ldam(
       logits: z, cosines, floating point, of shape ``[..., C]``.
       labels: Integers of shape ``[...]``; a distribution has no margin.
       class_counts: n, the counts or frequencies of the classes in the training set, of shape
-        ``[C]``. A class with none has the margin of the rarest class that has some.
+        ``[C]``. A class without examples has the margin of the rarest class that has some.
       max_margin: Δmax, the margin of the rarest class.
       scale: s, the inverse temperature of the softmax.
       where: As in :func:`balanced_softmax`.
@@ -191,8 +191,8 @@ def normalized_logits(features: ArrayLike, kernel: ArrayLike) -> jax.Array:
     .. math::
       z_c = \frac{x \cdot w_c}{\lVert x \rVert \, \lVert w_c \rVert}
 
-    The cosine with a zero vector is 0, and its gradient that of an unnormalised product: finite, so
-    that a kernel that starts at zero can leave it.
+    The cosine with a zero vector is 0. Its gradient is that of the product without normalisation,
+    which is finite, so that a kernel can start at zero.
 
     Args:
       features: x, floating point, of shape ``[..., D]``.

@@ -26,14 +26,14 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
     .. math::
       w_c \propto \frac{1 - \beta}{1 - \beta^{n_c}}, \qquad \sum_{c=1}^C w_c = C
 
-    from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta = 1`.
+    They range from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta = 1`.
 
-    Frequent classes have small weights, so that the mean weight of the examples is below 1, and
-    with it the gradients are small: 0.1 with two classes of 40 to 1 and :math:`\beta = 1`. Divide
-    by it, ``weights[labels].mean()`` over the training set, to keep their scale.
+    Frequent classes have small weights. So the mean weight of the examples is below 1, and the
+    gradients are as much smaller: by 0.1 with two classes of 40 to 1 and :math:`\beta = 1`. To keep
+    their scale, divide by the mean weight, ``weights[labels].mean()`` over the training set.
 
     Args:
-      class_counts: Number of examples of each class, of shape ``[C]``. A class with none gets the
+      class_counts: Number of examples of each class, of shape ``[C]``. A class without any gets the
         weight of the rarest class that has some.
       beta: β, in [0, 1].
 
@@ -75,7 +75,7 @@ def deferred_weights(weights: ArrayLike, start: int) -> Callable[[int | jax.Arra
 
     Args:
       weights: Class weights of shape ``[C]``, such as :func:`class_balanced_weights`.
-      start: The first step that has them, a whole number.
+      start: The first step with these weights, a whole number.
 
     Returns:
       A schedule, step -> weights of shape ``[C]``; the step may be traced.
@@ -121,7 +121,7 @@ def running_counts(
       counts: n, floating point, of shape ``[C]``, the only state; zeros at first.
       labels: As in :func:`balanced_softmax`, of any shape.
       decay: Share of the old counts that is kept, in [0, 1); at 0 they are those of the batch.
-      where: Boolean array, one entry a label: what is masked out does not count.
+      where: Boolean array, with one entry for each label; masked ones are not counted.
       axis_name: As in :func:`arb`.
 
     Returns:

@@ -75,13 +75,13 @@ def generalized_cross_entropy(
     .. math::
       l = \frac{1 - \max(p_y, k)^q}{q}, \qquad p = \mathrm{softmax}(z)
 
-    between cross-entropy, :math:`q \to 0`, and half the absolute error, :math:`q = 1`. Truncated,
-    :math:`k > 0`, it has no gradient where the label is less probable than :math:`k`. It is never
-    negative, which the form with :math:`l(k)` subtracted is.
+    It lies between cross-entropy, :math:`q \to 0`, and half the absolute error, :math:`q = 1`. If
+    it is truncated, :math:`k > 0`, it has no gradient where the label is less probable than
+    :math:`k`. It is never negative, unlike the form from which :math:`l(k)` is subtracted.
 
     Args:
       q: In (0, 1]; the larger, the more robust and the slower to fit.
-      truncation: k, in [0, 1); the paper's truncated loss has 0.5, and trains without at first.
+      truncation: k, in [0, 1); the paper's truncated loss has 0.5, after a start without it.
       logits, labels, where: As in :func:`balanced_softmax`.
 
     Returns:
