@@ -28,9 +28,9 @@ def class_balanced_weights(class_counts: ArrayLike, *, beta: float = 0.9999) -> 
 
     They range from equal weights, :math:`\beta = 0`, to inverse frequencies, :math:`\beta = 1`.
 
-    Frequent classes have small weights. So the mean weight of the examples is below 1, and the
-    gradients are as much smaller: by 0.1 with two classes of 40 to 1 and :math:`\beta = 1`. To keep
-    their scale, divide by the mean weight, ``weights[labels].mean()`` over the training set.
+    Frequent classes have small weights. So the mean weight of the examples is below 1, such as 0.1
+    with two classes of 40 to 1 and :math:`\beta = 1`, and the gradients are small. To keep their
+    scale, divide by the mean weight, ``weights[labels].mean()`` over the training set.
 
     Args:
       class_counts: Number of examples of each class, of shape ``[C]``. A class without any gets the
