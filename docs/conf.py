@@ -90,4 +90,5 @@ def to_pages(text, file):
 
     text = re.sub(r"^(\s*)%", r"\1\%", text, flags=re.MULTILINE)  # or MyST reads a comment
     text = text.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
+    text = re.sub(r"(?<=\d\d\.\d) / (?=\d\d\.\d)", "\N{NO-BREAK SPACE}/ ", text)
     return re.sub(r"(?<=\]\()(?!\w+:|#)[^)\s]+", to_page, text)
