@@ -1,4 +1,4 @@
-"""The state of the attention, wherever it sits in an optimiser's state, and the λ in it."""
+"""The state of ``scale_by_attention``, anywhere in an optimiser's state, and the λ in it."""
 
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,9 +29,9 @@ class AttentionState(NamedTuple):
     Attributes:
       count: Number of updates so far.
       temperature: λ of the next loss and of its update.
-      baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch the
-        last mean loss, or 0.
-      averaged: Number of weighted batches that V is an average of; 0 at γ = 1, which averages none;
+      baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch it
+        is the last mean loss, or 0.
+      averaged: Number of weighted batches in the average V; 0 at γ = 1, where nothing is averaged;
         -1 after a batch whose losses were all out of sight of V.
     """
 
@@ -42,13 +42,14 @@ class AttentionState(NamedTuple):
 
 
 def get_temperature(opt_state: optax.OptState) -> jax.Array:
-    """Temperature for the next loss, wherever the attention sits in the optimiser's state.
+    """Temperature for the next loss, from any optimiser's state that holds it.
 
-    ``optax.tree.set(opt_state, temperature=...)`` sets it, between an update and the next loss: a
-    number for good, any other temperature for a step. An array of the leaf's dtype, such as
-    ``jnp.float32(2.0)``, compiles nothing again. ``optax.tree.get`` finds two of that name where
-    ``optax.inject_hyperparams`` keeps one, too; there a new value of
-    ``opt_state.hyperparams["temperature"]`` is followed from the next update on.
+    To set it, call ``optax.tree.set(opt_state, temperature=...)`` between an update and the next
+    loss. If the optimiser was given a number, the new value stays; any other temperature goes on
+    from it, or overwrites it after one step. An array of the leaf's dtype, such as
+    ``jnp.float32(2.0)``, avoids another compilation. ``optax.inject_hyperparams`` keeps a leaf of
+    that name, too, so that ``optax.tree.get`` finds two; there set
+    ``opt_state.hyperparams["temperature"]``, which is used from the next update on.
 
     Args:
       opt_state: State of a transformation that holds one :func:`scale_by_attention`, alone or
@@ -58,7 +59,7 @@ def get_temperature(opt_state: optax.OptState) -> jax.Array:
       λ, a float scalar.
 
     Raises:
-      ValueError: The state holds no attention, or several.
+      ValueError: The state doesn't hold exactly one :class:`AttentionState`.
 
     Examples:
       >>> import jax.numpy as jnp, optax
@@ -127,7 +128,7 @@ def check_temperature(temperature: ArrayLike, name: str = "temperature") -> None
             f"{name} must be a number here, got a schedule; pass what the schedule gives for "
             "this step, which is get_temperature(opt_state)."
         )
-    remedy = "positive leans on hard examples, negative on easy ones, inf is the plain mean"
+    remedy = "positive favours hard examples, negative easy ones, inf is the plain mean"
     check_number(name, temperature, TEMPERATURE, f"{remedy}; jax.vmap runs several")
 
 

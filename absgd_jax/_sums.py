@@ -40,26 +40,27 @@ class _Values(NamedTuple):
 
 
 class Sums(_Values):
-    r"""What rides on the gradient: ``Sums()`` are zeros for :func:`tilt`, their gradient the sums.
+    r"""What the update needs to know of a batch: ``Sums()`` are zeros, and their gradient the sums.
 
-    With :math:`c_i` the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda`
-    each is a sum over the batch, times :math:`2^{-20}`. Only their ratios are used. In the place of
-    an infinite :math:`\lambda` is :math:`|V| + 1`, and all is to leading order there.
+    Let :math:`c_i` be the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda`.
+    Each entry is a sum over the batch, times :math:`2^{-20}`, and only their ratios are used. At an
+    infinite :math:`\lambda` its place is taken by :math:`|V| + 1`, and the sums are those to leading
+    order.
 
-    They are one array, so that they are one buffer in the all-reduce of the gradients.
+    All are one array, and so one buffer in the all-reduce of the gradients.
 
     Attributes:
-      values: All of them, in this order.
+      values: All of the following, in this order.
       exp: :math:`\sum c_i e^{z_i}`.
-      excess: :math:`\sum c_i (e^{z_i} - 1)`, with its digits where λ is large.
+      excess: :math:`\sum c_i (e^{z_i} - 1)`, which keeps its digits if λ is large.
       square: :math:`\sum c_i (e^{z_i} - 1)^2`, for :math:`\chi^2`.
       entropy: :math:`\sum c_i (z_i e^{z_i} - e^{z_i} + 1)`, for the KL divergence.
-      level: :math:`\sum c_i z_i`, without a bound on :math:`z_i`.
-      bad: :math:`\sum c_i` of the losses that are not finite.
+      level: :math:`\sum c_i z_i`, with unbounded :math:`z_i`.
+      bad: :math:`\sum c_i` over the losses that are not finite.
       weight: :math:`\sum c_i`.
       baseline: :math:`\sum c_i V`.
       inverse: :math:`\sum c_i / \lambda`.
-      null: 0. What is found here was added by others to every leaf of the parameters.
+      null: 0. Any other value was added by something else to every leaf of the parameters.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -94,9 +95,10 @@ class Sums(_Values):
 def zero_sums() -> Sums:
     """``Sums()`` as arrays, to stand beside the parameters.
 
-    Where nothing can be passed to the update, as by flax's ``TrainState`` or ``optax.MultiSteps``,
-    they are one leaf more of what is differentiated and updated. They stay zero. Count, cast, shard
-    and penalise the network's own parameters, ``params["net"]``.
+    Some loops pass only gradients to the update, as those of flax's ``TrainState`` and
+    ``optax.MultiSteps`` do. There let the sums be another leaf of what is differentiated and
+    updated. They stay zero. Whatever is meant for the network's parameters, such as counting,
+    casting, sharding or a penalty, goes to ``params["net"]``.
 
     Returns:
       A :class:`Sums` of zeros, in the default float dtype.

@@ -1,4 +1,4 @@
-"""Attentional bias as optax transformations: the head alone, and on momentum SGD and Adam."""
+"""ABSGD as optax transformations: ``scale_by_attention``, and SGD and Adam behind it."""
 
 from typing import Any
 
@@ -33,7 +33,7 @@ def scale_by_attention(
     damping: float | jax.Array | None = None,
     max_jump: float | jax.Array | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the gradient of tilted losses to that of ABSGD.
+    r"""Scales the gradient of the tilted losses to that of ABSGD.
 
     .. math::
       E = \frac{\sum_i c_i\, e^{(l_i - V) / \lambda}}{\sum_i c_i},
@@ -42,9 +42,10 @@ def scale_by_attention(
       \qquad
       V \leftarrow V + \lambda \log(1 - \gamma + \gamma E)
 
-    for the gradient :math:`g` of any loss in which ``tilt(losses, opt_state, sums)`` have the
-    weights :math:`c_i`; the two sums are among its gradient by ``sums``. With :math:`c_i = 1 / n`
-    and :math:`u = \alpha e^{V / \lambda}` that is the published algorithm:
+    Here :math:`g` is the gradient of a loss in which ``tilt(losses, opt_state, sums)`` have the
+    weights :math:`c_i`; the two sums are in its gradient by ``sums``. λ is the temperature and
+    :math:`V` the baseline; :math:`\gamma` and :math:`\alpha` are arguments. With
+    :math:`c_i = 1 / n` and :math:`u = \alpha e^{V / \lambda}` this is the published algorithm:
 
     .. math::
       u \leftarrow (1 - \gamma)\, u + \gamma \alpha \frac{1}{n} \sum_i e^{l_i / \lambda},
@@ -55,16 +56,16 @@ def scale_by_attention(
 
     While :math:`\lambda = \pm\infty` the gradients pass unchanged, and :math:`V` follows the mean
     loss. Put it first in the chain, before anything that is not linear in the gradients, such as
-    clipping. Any other term of the loss has the gradient that it has in SGD, times the scale: near
-    1 if training begins with a plain stage, as :func:`two_stage` does, but in a first weighted
-    batch without one :math:`1 / (\alpha \gamma E)`, which may be anything.
+    clipping. If the loss has another term, the gradient of that term is multiplied by the scale,
+    too. After a plain stage, as of :func:`two_stage`, the scale is near 1. In a first weighted
+    batch without a plain stage it is :math:`1 / (\alpha \gamma E)`, which may be anything.
 
     Args:
       temperature: λ: a number, an optax schedule of the number of updates, a ``jax.Array``,
         :func:`two_stage`, or automatic: :func:`target_ess`, :func:`target_kl`. It is the leaf
-        ``temperature`` of the state. A number is where λ starts, and what is set in the leaf stays;
-        a schedule or an array is written at every update; an automatic temperature goes on from
-        what it finds. One that reaches 0 stays at ±1e-6, with the sign that it had.
+        ``temperature`` of the state. If it is a number, λ starts there, and a value that you set in
+        the leaf stays. A schedule or an array overwrites the leaf at every update. An automatic
+        temperature goes on from what it finds. A λ that reaches 0 stays at ±1e-6, with its sign.
       gamma: γ, the weight of the newest batch in the moving average, in (0, 1]: one minus what
         optax calls the decay. A number, or a schedule of the number of updates.
       alpha: Scale of the moving average, positive; the gradients are divided by it.
@@ -72,28 +73,28 @@ def scale_by_attention(
         Adam. The published average starts from 0, so that the first weights are 1/γ times too
         large. Always on with an automatic temperature.
       damping: At a finite :math:`\lambda > 0` the gradients are divided by :math:`1 +
-        \text{damping} \sqrt{1 / \mathrm{ESS} - 1}`, with the effective sample size of the batch's
-        weights. Weight on hard examples makes them longer, most of all in a batch with larger
-        losses than those before it. ``None`` is 0, as published, and 2 for an automatic
-        temperature.
-      max_jump: How far, as a logarithm, the newest batch may stand above the moving average; the
-        rest of it is cut. A loss far above the others otherwise silences the batches after it until
-        the average has forgotten it. ``None`` is ``jnp.inf``, as published: at a small λ ordinary
-        batches differ by more than any fixed bound. An automatic temperature knows no such λ, and
-        has 3.
+        \text{damping} \sqrt{1 / \mathrm{ESS} - 1}`, where ESS is the effective sample size of the
+        batch's weights. The reason is that weight on hard examples makes gradients longer, most of
+        all in a batch with larger losses than those before it. ``None`` is 0, as published, and 2
+        for an automatic temperature.
+      max_jump: How far, as a logarithm, the newest batch may stand above the moving average; what
+        is beyond is cut off. Without a bound, a loss far above the others silences the batches
+        after it until the average has forgotten it. ``None`` is ``jnp.inf``, as published, because
+        at a small λ ordinary batches differ by more than any fixed bound. For an automatic
+        temperature, which avoids such λ, it is 3.
 
     Returns:
       A transformation whose update is ``update(updates, state, params=None, *, sums=None)``.
-      ``sums`` is the gradient by the :class:`Sums` that the losses were tilted with, where it is
-      not among ``updates`` itself; there it comes back as zeros. Other extra arguments are ignored.
-      A batch in which nothing counts has the scale 0 at a finite λ and leaves :math:`V` alone, as
-      does one with a loss that is not finite. Sums that are not those of this state, as after
-      something non-linear in front or with another λ, make the updates NaN.
+      ``sums`` is the gradient by the :class:`Sums` that the losses were tilted with. If it is part
+      of ``updates``, leave out the argument; it comes back as zeros. Other extra arguments are
+      ignored. A fully masked batch leaves :math:`V` as it is, and at a finite λ has the scale 0. A
+      batch with a loss that is not finite leaves :math:`V` as it is, too. Sums that don't fit this
+      state, as with another λ or after something non-linear in front, make the updates NaN.
 
     Raises:
       ValueError: An argument is out of range, or ``sums`` are given twice or have another shape.
-      TypeError: ``temperature`` is no number, array or schedule; ``sums`` are missing, or not a
-        gradient, or of less than 32 bits; or ``updates`` are no numbers that can be scaled.
+      TypeError: ``temperature`` is not a number, an array or a schedule; ``sums`` are missing, are
+        not a gradient, or have less than 32 bits; or ``updates`` can't be scaled.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax
@@ -211,7 +212,7 @@ def absgd(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Attentional-biased stochastic gradient descent: ABSGD.
 
-    Momentum SGD on per-example losses :math:`l_i` weighted by :math:`p_i`:
+    SGD with momentum on per-example losses :math:`l_i`, which are weighted by :math:`p_i`:
 
     .. math::
       u &\leftarrow (1 - \gamma)\, u + \gamma \alpha \frac{1}{n} \sum_i e^{l_i / \lambda} \\
@@ -222,8 +223,8 @@ def absgd(
 
     Args:
       learning_rate: η, a number or a schedule.
-      temperature: λ, as in :func:`scale_by_attention`. Positive leans on hard examples (class
-        imbalance), negative on easy ones (label noise); ``jnp.inf`` is plain SGD.
+      temperature: λ, as in :func:`scale_by_attention`. Positive favours hard examples, for rare
+        classes; negative favours easy ones, for wrong labels; ``jnp.inf`` is plain SGD.
       momentum: Decay of the momentum, or ``None`` for none.
       nesterov: Whether the momentum is Nesterov's.
       weight_decay: L2 coefficient, added to the gradient before the momentum as in
@@ -292,7 +293,7 @@ def abadam(
     max_jump: float | jax.Array | None = None,
     mu_dtype: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Adam on attentionally weighted losses: ABAdam.
+    r"""Adam on losses with the weights of ABSGD: ABAdam.
 
     .. math::
       g \leftarrow \sum_i p_i \nabla l_i + \text{weight decay} \cdot \theta,
