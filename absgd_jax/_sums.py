@@ -44,7 +44,7 @@ class Sums(_Values):
 
     Let :math:`c_i` be the weight of an example in the loss and :math:`z_i = (l_i - V) / \lambda`.
     Each entry is a sum over the batch, times :math:`2^{-20}`, and only their ratios are used. At an
-    infinite :math:`\lambda` its place is taken by :math:`|V| + 1`, and the sums are those to leading
+    infinite :math:`\lambda` its place is taken by :math:`|V| + 1`, and the sums are of leading
     order.
 
     All are one array, and so one buffer in the all-reduce of the gradients.
