@@ -1,19 +1,21 @@
 r"""The maths of attentional weights.
 
-For losses l_1, ..., l_n and a temperature λ, the robust loss is the extremum over V of a mean:
+For losses l_1, ..., l_n and a temperature λ, the robust loss F is the minimum of a mean over V, or
+the maximum for λ < 0:
 
-    F = λ log mean_i exp(l_i / λ) = min_V mean_i [V + λ expm1((l_i - V) / λ)]    (max for λ < 0)
+    F = λ log mean_i exp(l_i / λ) = min_V mean_i [V + λ expm1((l_i - V) / λ)]
 
-The slope of what it is the mean of is exp(z), z = (l - V) / λ. The state holds V, the losses'
-baseline, before the step, so each loss gets that slope by itself; and whatever weights c_i the loop
-gives the examples, their sums ride on the gradient (``_sums.py``). With E = Σ c exp(z) / Σ c the
-published normaliser u = α exp(V / λ) and the weights p_i = exp(l_i / λ) / (n u) follow:
+A term of that mean has the slope exp(z), z = (l - V) / λ. The state holds V, the baseline of the
+losses, before the step. So each loss gets its slope by itself, whatever the weights c_i that the
+loop gives the examples. Sums over these weights come with the gradient (``_sums.py``). With
+E = Σ c exp(z) / Σ c, the published normaliser u = α exp(V / λ) and the weights
+p_i = exp(l_i / λ) / (n u) follow:
 
     u ← (1 - γ) u + γ α mean exp(l / λ)        V ← V + λ log(1 - γ + γ E)
     Σ p_i ∇l_i                               = Σ c_i exp(z_i) ∇l_i / (α (1 - γ + γ E))
 
-In the first weighted batch u is 0 and V a mere point of reference: there γ E is in the place of
-1 - γ + γ E. V is a loss: it can't overflow as u does, and means the same whatever λ comes next.
+In the first weighted batch u is 0, and V only a point of reference: there γ E replaces 1 - γ + γ E.
+V is a loss: it can't overflow as u does, and means the same whatever λ comes next.
 """
 
 import warnings
