@@ -20,12 +20,12 @@ import numpyro.distributions as dist
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import jax_utils, nnx
 from flax import linen as nn
+from flax import nnx
 from flax.training import dynamic_scale, train_state
 from flax.traverse_util import flatten_dict
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from numpyro.infer import SVI, Trace_ELBO
 from numpyro.optim import optax_to_numpyro
@@ -414,11 +414,11 @@ def test_linen_in_float16(x64):
         scale = dynamic_scale.DynamicScale(scale=jnp.float32(2.0**22), backoff_factor=2.0**-10)
         of_model = dict(apply_fn=net.apply, batch_stats=variables["batch_stats"])
         state = TrainState.create(params=params, tx=tx, dynamic_scale=scale, **of_model)
-        return jax_utils.replicate(state, jax.devices()[:2])
+        return jax.tree.map(lambda x: np.stack([x, x]), state)  # on two devices
 
     def params_of(state):
         assert state.dynamic_scale.scale[0] == 2.0**12  # after one overflow
-        return flat(jax_utils.unreplicate(state.params.get("net", state.params)))
+        return flat(jax.tree.map(lambda x: x[0], state.params.get("net", state.params)))
 
     def flat(params):
         return {"/".join(k): np.float64(p) for k, p in flatten_dict(params).items()}
@@ -450,8 +450,10 @@ def test_linen_in_float16(x64):
     )
 
 
-def on_two(name):
-    return jax.make_mesh((2,), (name,), devices=jax.devices()[:2])
+def mesh_of(name, size=2):
+    """Whose axis is explicit, as has become the default of JAX."""
+    types = (AxisType.Explicit,)
+    return jax.make_mesh((size,), (name,), devices=jax.devices()[:size], axis_types=types)
 
 
 def test_transformers_step():
@@ -509,7 +511,7 @@ def test_transformers_step():
             balance += data["mask"][k].sum() / total * np.sum(routed**2) / 2
         return [(np.stack(each), np.stack(c))], balance
 
-    mesh = on_two("data")
+    mesh = mesh_of("data")
     rng = np.random.default_rng(1)
     shapes = {"embed": (5, 2), "router": (2, 2), "out": (2, 5)}
     first = {k: rng.normal(size=shape) for k, shape in shapes.items()}
@@ -627,7 +629,7 @@ def test_gnn():
 +    updates, opt_state = tx.update(grads[0], opt_state, params, sums=grads[1])
      return optax.apply_updates(params, updates), opt_state
 """
-    mesh = on_two("device")
+    mesh = mesh_of("device")
     batches, replayed = [], []
     rng = np.random.default_rng(2)
     for x, y in zip(
@@ -794,7 +796,7 @@ def test_split_vocabulary():
 
 def spread_over(name, first, specs):
     """How a carry starts on two devices, and its step there; ``specs`` go by shape."""
-    mesh = on_two(name)
+    mesh = mesh_of(name)
 
     def spread(step, tx):
         carry = first, tx.init(first)
@@ -924,7 +926,7 @@ def test_from_sgds_checkpoint_onto_another_mesh(tmp_path):
     """
 
     def spread(tree, devices):
-        mesh = jax.make_mesh((devices,), ("model",), devices=jax.devices()[:devices])
+        mesh = mesh_of("model", devices)
         shardings = (
             NamedSharding(mesh, P("model") if x.ndim else P()) for x in jax.tree.leaves(tree)
         )
