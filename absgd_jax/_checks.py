@@ -43,6 +43,8 @@ def check_number(name: str, x: Any, condition: Condition, remedy: str = "") -> N
     """Raises unless ``x``, the argument of that name, is a scalar and meets the condition."""
     holds, must = condition
     end = f"; {remedy}." if remedy else "."
+    if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and x.is_fully_addressable:
+        x = np.asarray(x).tolist()
     if np.shape(x) != ():
         raise ValueError(f"{name} must be a scalar, got shape {np.shape(x)}{end}")
     if is_concrete(x):

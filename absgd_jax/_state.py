@@ -32,7 +32,7 @@ class AttentionState(NamedTuple):
       baseline: V, the loss whose slope under :func:`tilt` is 1. Before the first weighted batch it
         is the last mean loss, or 0.
       averaged: Number of weighted batches in the average V; 0 at γ = 1, where nothing is averaged;
-        -1 after a batch whose losses were all out of sight of V.
+        less than 0 right after a batch whose losses were all out of sight of V.
     """
 
     count: ArrayLike  # type: ignore[assignment]  # shape=(), dtype=jnp.int32

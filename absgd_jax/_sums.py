@@ -237,7 +237,7 @@ def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
     values -= values[-1]  # null
     weight = Sums(values).weight
     counted = weight != 0
-    ratios = values / jnp.where(counted, weight, 1)
+    ratios = values / jnp.where(counted, jnp.abs(weight), 1)  # the weight's has its sign
     tell = counted & jnp.isfinite(jnp.sum(ratios))
     neutral = jnp.zeros_like(ratios).at[0].set(1)  # exp is 1
     mean = Sums(jnp.where(tell, ratios, neutral))

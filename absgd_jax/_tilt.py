@@ -229,7 +229,7 @@ def attend(
     out_of_range = jnp.where(silent, ~left, usable & ~tells & (log_exp > most / 4))
     divs = (jnp.where(out_of_range, jnp.inf, jnp.where(tells, x, 0)) for x in (chi2, kl))
     # A step in which nothing counts stands still at any λ, so that a forgotten tilt shows.
-    scale = jnp.where(plain, counted, scale)
+    scale = jnp.where(plain, counted.astype(dtype), scale)
     return jnp.where(fits, scale, jnp.nan), new, Divergences(*divs)
 
 

@@ -87,7 +87,7 @@ def scale_by_attention(
       A transformation whose update is ``update(updates, state, params=None, *, sums=None)``.
       ``sums`` is the gradient by the :class:`Sums` that the losses were tilted with. If it is part
       of ``updates``, leave out the argument; it comes back as zeros. Other extra arguments are
-      ignored. A fully masked batch leaves :math:`V` as it is, and at a finite λ has the scale 0. A
+      ignored. A fully masked batch leaves :math:`V` as it is, and has the scale 0. A
       batch with a loss that is not finite leaves :math:`V` as it is, too. Sums that don't fit this
       state, as with another λ or after something non-linear in front, make the updates NaN.
 
@@ -159,8 +159,8 @@ def scale_by_attention(
         following = value_at("gamma", gamma, state.count + 1)
         if debias or tuned.automatic:
             # 1 - (1-γ)^t, with its digits where γ is small.
-            t = jnp.maximum(jnp.asarray(state.averaged, dtype), 0) + 1
-            weight = -weight / jnp.expm1(t * jnp.log1p(-weight))
+            t = jnp.abs(jnp.asarray(state.averaged, dtype)) + 1
+            weight = jnp.minimum(-weight / jnp.expm1(t * jnp.log1p(-weight)), 1)
         scale, new, divergences = attend(state, sums, weight, max_jump)
         divisor = jnp.asarray(alpha, dtype)
         if not (is_concrete(damping) and damping == 0):

@@ -43,7 +43,9 @@ SHARE = NUMBER + bad(0, -0.5, 1.5, NAN, says="(0, 1]")
 DECAY = NUMBER + bad(-0.5, 1, NAN, says="[0, 1)")
 POSITIVE = NUMBER + bad(0, -1.0, INF, NAN, says="positive and finite")
 NOT_NEGATIVE = NUMBER + bad(-1.0, INF, NAN, says="0 or more and finite")
-LAMBDA = NUMBER + bad(0, -0.0, 1e-7, -1e-7, NAN, says="inf is the plain mean")
+LAMBDA = NUMBER + bad(
+    *(0, -0.0, 1e-7, -1e-7, NAN, jnp.zeros([]), jnp.bfloat16(NAN)), says="inf is the plain mean"
+)
 FIXED_LAMBDA = LAMBDA + bad(
     optax.constant_schedule(1.0), target_ess(), says="get_temperature(opt_state)", got="a schedule"
 )
@@ -419,7 +421,15 @@ def test_a_schedule_is_of_scalars(argument):
 
 
 def mean(state, losses):
-    return tilt(losses, state, Sums()).mean()
+    return tilt(jnp.atleast_1d(losses), state, Sums()).mean()
+
+
+def test_a_mean_warns():
+    """Under vmap, too, where each example is a scalar."""
+    with pytest.warns(UserWarning, match="tilt the losses before it") as record:
+        tilt(LOSSES.mean(), ATTENTION, Sums())
+        jax.vmap(lambda each: tilt(each, ATTENTION, Sums()))(LOSSES)
+    assert [warning.filename for warning in record] == 2 * [__file__]
 
 
 # Of functions of a state and of losses.

@@ -91,9 +91,13 @@ class TestGiven:
             assert states.temperature[-1] == sign * np.float32(1e-6)
 
     @pytest.mark.parametrize("zero", [0.0, -0.0])
-    def test_an_array_of_0_is_the_smallest_of_its_sign(self, zero):
-        tx = scale_by_attention(jnp.float32(zero))
-        weights, state = attend(tx, jnp.asarray(BATCHES[0]), tx.init(None))
+    def test_a_traced_0_is_the_smallest_of_its_sign(self, zero):
+        @jax.jit
+        def step(zero):
+            tx = scale_by_attention(zero)
+            return attend(tx, jnp.asarray(BATCHES[0]), tx.init(None))
+
+        weights, state = step(zero)
         assert np.all(np.isfinite(weights))
         assert get_temperature(state) == np.copysign(np.float32(1e-6), zero)
 

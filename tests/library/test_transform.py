@@ -85,7 +85,7 @@ class TestHead:
         tx, narrow = scale_by_attention(1.0), jnp.bfloat16(0.7)
         grads = {"a": jnp.full(3, narrow), "b": narrow.astype(jnp.float32), "c": None}
         state = tx.init(grads)
-        updates, _ = tx.update(grads, state, sums=slopes_and_sums(jnp.float32(0.3), state)[1])
+        updates, _ = tx.update(grads, state, sums=slopes_and_sums(jnp.float32([0.3]), state)[1])
         chex.assert_trees_all_equal(updates["a"], jnp.full(3, updates["b"]).astype(jnp.bfloat16))
 
     @pytest.mark.parametrize("cast", [np.float64, np.float32, np.asarray])
