@@ -424,12 +424,12 @@ def mean(state, losses):
     return tilt(jnp.atleast_1d(losses), state, Sums()).mean()
 
 
-def test_a_mean_warns():
-    """Under vmap, too, where each example is a scalar."""
+@pytest.mark.parametrize("over", [lambda f: lambda x: f(x.mean()), jax.vmap], ids=["mean", "vmap"])
+def test_a_scalar_warns(over):
+    tilted = over(lambda loss: tilt(loss, ATTENTION, Sums()))
     with pytest.warns(UserWarning, match="tilt the losses before it") as record:
-        tilt(LOSSES.mean(), ATTENTION, Sums())
-        jax.vmap(lambda each: tilt(each, ATTENTION, Sums()))(LOSSES)
-    assert [warning.filename for warning in record] == 2 * [__file__]
+        tilted(LOSSES)
+    assert [warning.filename for warning in record] == [__file__]
 
 
 # Of functions of a state and of losses.
