@@ -51,7 +51,7 @@ from tqdm import tqdm
 from absgd_jax import abadam, target_ess, tilt, two_stage
 from benchmarks.engine import config, layers, plots, report
 from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, Must, NOT_NEGATIVE, OR_NONE, POSITIVE
-from benchmarks.engine.search import search, SEEDS, seeds_of
+from benchmarks.engine.search import Found, search, SEEDS, seeds_of
 
 AT_ONCE = 16  # runs of a program; the last ones are filled up, so that one compilation serves all
 TESTED = 1 / 4  # share of a data set; of the rest the search holds out as much
@@ -320,10 +320,14 @@ def evaluate(c: Config, samples: Sample, jobs: list[tuple[Setting, int]]) -> lis
     return [found[i] for i in range(len(jobs))]
 
 
-def compare(
-    c: Config, name: str, table: Table, kind: str, share: float
-) -> dict[str, dict[str, Any]]:
-    """What becomes of each method, by each criterion."""
+def find(
+    c: Config,
+    table: Table,
+    kind: str,
+    share: float,
+    grids: Mapping[tuple[str, str], list[Setting]],
+) -> Found:
+    """The best setting of each method by each criterion, and what becomes of it."""
     seeds = [(s, searching) for searching in (True, False) for s in seeds_of(c, searching)]
     drawn = [draw(c, table, kind, share, *s) for s in seeds]
     samples = Sample(*map(np.stack, zip(*drawn, strict=True)))
@@ -337,7 +341,14 @@ def compare(
     def best(key: tuple[str, str], grid: Mapping[Setting, dict[str, np.ndarray]]) -> Setting:
         return min(grid, key=lambda s: grid[s][key[1]].mean())
 
-    found = search(grids(c), run, best)
+    return search(grids, run, best)
+
+
+def compare(
+    c: Config, name: str, table: Table, kind: str, share: float
+) -> dict[str, dict[str, Any]]:
+    """What becomes of each method, by each criterion."""
+    found = find(c, table, kind, share, grids(c))
     methods: dict[str, dict[str, Any]] = {}
     for (method, criterion), setting in found.chosen.items():
         record = {"setting": list(setting), **found.final[setting]}
