@@ -18,5 +18,6 @@ from absgd_jax.losses._imbalance import normalized_logits as normalized_logits
 from absgd_jax.losses._priors import class_balanced_weights as class_balanced_weights
 from absgd_jax.losses._priors import deferred_weights as deferred_weights
 from absgd_jax.losses._priors import running_counts as running_counts
+from absgd_jax.losses._robust import early_learning as early_learning
 from absgd_jax.losses._robust import generalized_cross_entropy as generalized_cross_entropy
 from absgd_jax.losses._robust import symmetric_cross_entropy as symmetric_cross_entropy

@@ -29,15 +29,7 @@ def canonicalize(
         if distributions:
             kinds += f" or floats of shape {logits.shape}, distributions over the classes"
         raise ValueError(f"labels must be {kinds}, got {labels.dtype} {labels.shape}.")
-    if isinstance(labels, np.ndarray) and is_concrete(where):
-        kept = labels if where is None else labels[np.asarray(where)]
-        high = num_classes - 1 if integer else 1
-        wrong = kept[~((kept >= 0) & (kept <= high))]
-        if wrong.size:
-            raise ValueError(
-                f"labels must lie in [0, {high}], got {wrong[0]}; mask out examples that "
-                "have no label with `where`."
-            )
+    check_range("labels", labels, where, num_classes - 1 if integer else 1)
 
     # Zeros in place of what is masked out: 0 * NaN would be NaN in the gradient.
     logits = jnp.where(mask[..., None], logits, 0)
@@ -46,6 +38,18 @@ def canonicalize(
         labels = jnp.where(labels < 0, num_classes, labels)  # out of range, not the last class
         return logits, jnp.where(mask, labels, 0), mask
     return logits, jnp.where(mask[..., None], jnp.asarray(labels, logits.dtype), 0), mask
+
+
+def check_range(name: str, x: jax.Array | np.ndarray, where: ArrayLike | None, high: int) -> None:
+    """Raises where ``x``, the argument of that name, is concrete and not in [0, high]."""
+    if isinstance(x, np.ndarray) and is_concrete(where):
+        kept = x if where is None else x[np.asarray(where)]
+        wrong = kept[~((kept >= 0) & (kept <= high))]
+        if wrong.size:
+            raise ValueError(
+                f"{name} must lie in [0, {high}], got {wrong[0]}; mask out examples that have "
+                "none with `where`."
+            )
 
 
 def is_integer(labels: jax.Array | np.ndarray) -> bool:

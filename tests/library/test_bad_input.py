@@ -201,6 +201,13 @@ FUNCTIONS = [
         | {"log_zero": NUMBER + bad(0, 1e-4, -INF, NAN, says="negative")},
     ),
     (losses.generalized_cross_entropy, BATCH, LOSS),
+    (
+        losses.early_learning,
+        BATCH | {"target": Z},
+        LOSS
+        | {"target": FLOATS + bad(Z - 1, Z * NAN, says="[0, 1]") + bad(Z[0], says="(2, 3)")}
+        | {"coefficient": NOT_NEGATIVE, "floor": SHARE},
+    ),
     (losses.class_balanced_weights, {"class_counts": [3, 2, 1]}, {"class_counts": PRIOR}),
     (losses.deferred_weights, {"weights": [3, 2, 1], "start": 1}, {"weights": PRIOR}),
     (

@@ -16,6 +16,13 @@ from tests.support import numpy_losses
 COUNTS = [60, 25, 9, 2]
 ALPHA = [0.5, 1.0, 2.0, 3.0]
 
+
+def early_learning(logits, labels, *, target, **kwargs):
+    """One target for all of the logits."""
+    target = np.broadcast_to(target, np.shape(logits))
+    return losses.early_learning(logits, labels, target, **kwargs)
+
+
 # Loss and its arguments; numpy_losses has the same function under the same name.
 CASES = {
     "balanced_softmax": (losses.balanced_softmax, {"class_counts": COUNTS}),
@@ -29,11 +36,13 @@ CASES = {
     "sce_other": (losses.symmetric_cross_entropy, {"alpha": 6.0, "beta": 0.1, "log_zero": -6.0}),
     "gce": (losses.generalized_cross_entropy, {}),
     "gce_truncated": (losses.generalized_cross_entropy, {"q": 0.3, "truncation": 0.3}),
+    "elr": (early_learning, {"target": [0.4, 0.3, 0.2, 0.1]}),
+    "elr_other": (early_learning, {"target": [0.0, 0.6, 0.1, 0.0], "coefficient": 0.5}),
 }
 PARTIALS = {name: functools.partial(loss, **kwargs) for name, (loss, kwargs) in CASES.items()}
 ONE_OF_EACH = {
     name: PARTIALS[name]
-    for name in ("logit_adjustment", "arb", "ldam", "focal_alpha", "sce", "gce")
+    for name in ("logit_adjustment", "arb", "ldam", "focal_alpha", "sce", "gce", "elr")
 }
 ALL = ONE_OF_EACH | {"batch_arb": losses.arb}
 SOFT = {name: loss for name, loss in ALL.items() if name != "ldam"}
@@ -179,8 +188,9 @@ class TestAll:
             found = value_and_grad(ALL, logits, np.array([0, 0, 3, 0, 0, 3]))
         chex.assert_tree_all_finite(found)
         for name, (values, _) in found.items():
+            least = 3 * np.log(0.6) if name == "elr" else 0
             # The digits of the largest logit, which ldam multiplies by 30.
-            assert np.all(np.abs(values[::3]) < 30 * 1e-7 * logits[::3].max(1)), name
+            assert np.all(np.abs(values[::3] - least) < 30 * 1e-7 * logits[::3].max(1)), name
             assert np.all(values[1::3] > 0.5), name
 
     @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -475,6 +485,66 @@ class TestGeneralizedCrossEntropy:
         softmax = np.array([numpy_losses.softmax(z) for z in LOGITS])
         half_absolute_error = np.abs(softmax - one_hot).sum(axis=-1) / 2
         np.testing.assert_allclose(large, half_absolute_error, rtol=1e-5)
+
+
+class TestEarlyLearning:
+    def test_without_a_target_or_a_coefficient_it_is_cross_entropy(self, x64):
+        of_none, of_zeros, expected = value_and_grad(
+            [
+                lambda z, y: losses.early_learning(z, y, MIXED, coefficient=0),
+                lambda z, y: losses.early_learning(z, y, np.zeros_like(MIXED)),
+                optax.softmax_cross_entropy_with_integer_labels,
+            ],
+            LOGITS,
+            LABELS,
+        )
+        chex.assert_trees_all_close(of_none, expected, rtol=1e-12)
+        chex.assert_trees_all_close(of_zeros, expected, rtol=1e-12)
+
+    def test_agreement_beyond_the_floor_has_no_gradient(self):
+        logits = np.float32([[8.0, 0, 0, 0], [200, 0, 0, 0]])  # p of 0.999 and 1
+        target = np.float32([[1.0, 0, 0, 0]] * 2)
+        loss = functools.partial(losses.early_learning, target=target, coefficient=2.0)
+        with jax.debug_nans(True):
+            (values, grads), (_, bounded), (entropies, expected) = value_and_grad(
+                [
+                    loss,
+                    functools.partial(loss, floor=0.01),
+                    optax.softmax_cross_entropy_with_integer_labels,
+                ],
+                logits,
+                np.array([1, 1]),
+            )
+        p = numpy_losses.softmax(np.float64(logits[0]))
+        # The pull of an agreement that is all but complete doesn't fade.
+        pull = 2 * p[0] * (p - [1, 0, 0, 0]) / (1 - p[0])
+        np.testing.assert_allclose(grads[0], expected[0] + pull, rtol=1e-3)
+        least = np.log([1 - p[0], 1e-4])
+        np.testing.assert_allclose(values, entropies + 2 * least, rtol=1e-4)
+        np.testing.assert_array_equal(grads[1], expected[1])
+        np.testing.assert_array_equal(bounded, expected)
+
+    def test_no_gradient_flows_through_the_target(self):
+        def total(target):
+            return losses.early_learning(np.float32(LOGITS), LABELS, target).sum()
+
+        np.testing.assert_array_equal(jax.grad(total)(jnp.float32(MIXED)), 0)
+
+    def test_targets_that_are_masked_out_are_not_seen(self):
+        target = np.where(np.arange(6)[:, None] > 0, MIXED, np.nan)
+        where = np.arange(6) > 0
+        with jax.debug_nans(True):
+            masked, kept = value_and_grad(
+                [
+                    functools.partial(losses.early_learning, target=target, where=where),
+                    functools.partial(losses.early_learning, target=MIXED),
+                ],
+                np.float32(LOGITS),
+                LABELS,
+            )
+        for found, expected in zip(masked, kept, strict=True):
+            np.testing.assert_array_equal(found[0], 0)
+            np.testing.assert_array_equal(found[1:], expected[1:])
 
 
 class TestWeights:

@@ -45,6 +45,13 @@ def symmetric_cross_entropy(z, y, alpha=0.1, beta=1.0, log_zero=-4.0):
     return -alpha * np.log(p[y]) + beta * reverse
 
 
+def early_learning(z, y, target, coefficient=3.0):
+    """Liu et al. 2020."""
+    p = softmax(z)
+    agreement = sum(target[k] * p[k] for k in range(len(z)))
+    return -np.log(p[y]) + coefficient * np.log(1 - agreement)
+
+
 def generalized_cross_entropy(z, y, q=0.7, truncation=0.0):
     """Zhang & Sabuncu 2018, with its truncated form."""
     p = softmax(z)[y]
