@@ -143,7 +143,7 @@ def group_dro(rate: float) -> Way:
 
         return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
-    return Way(step, lambda examples, classes, groups: jnp.full(groups, -np.log(groups)))
+    return Way(step, lambda params, examples, classes, groups: jnp.full(groups, -np.log(groups)))
 
 
 WAYS = {"": methods.WAYS[""], "group_dro": group_dro}

@@ -7,6 +7,7 @@ by τ = 1.25, ``cross_entropy+mixup`` trains on mixed images, ``focal+sam:0.1`` 
     sam              Foret et al., ICLR 2021, arXiv 2010.01412; the knob is ρ
     elr              early-learning regularisation, Liu et al., NeurIPS 2020, arXiv 2007.00151; the
                      knob is the coefficient of the regulariser
+    elr_teacher      the same, held to what a moving average of the parameters predicts
     l2rw             learning to reweight; see ``benchmarks.engine.meta``
     meta_weight_net  Meta-Weight-Net, likewise; the knob is the learning rate of its network
     within           losses less the level of their class; see ``levels``
@@ -19,13 +20,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from absgd_jax import robust_loss, Sums
+from absgd_jax.losses import early_learning
 from benchmarks.engine import meta
 from benchmarks.engine.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, readable, SHARE
 from benchmarks.engine.losses import Loss, LOSSES
 
 TARGET_DECAY = 0.7  # of the moving average that elr keeps of an example's predictions
+TEACHER_DECAY = 0.997  # of the moving average that elr_teacher keeps of the parameters
+TEACHER_BEGIN = 0.2  # share of the steps that elr_teacher takes before it regularises
 
 
 class Parts(NamedTuple):
@@ -48,6 +53,7 @@ class Batch(NamedTuple):
     clean: tuple[jax.Array, jax.Array]  # images and right labels, as many of every class
     key: jax.Array
     rate: jax.Array  # the learning rate
+    progress: jax.Array  # share of the steps that were taken before
 
 
 # The gradients and their sums; and the losses, statistics, and memory.
@@ -56,8 +62,8 @@ Step = tuple[tuple[Any, Sums], tuple[jax.Array, Any, Any]]
 
 class Way(NamedTuple):
     step: Callable[[Parts, Any, Any, Batch], Step]  # of parameters, memory and batch
-    # The memory, of numbers of training examples, classes and groups.
-    init: Callable[[int, int, int], Any] = lambda *_: ()
+    # The memory, of parameters and numbers of training examples, classes and groups.
+    init: Callable[[Any, int, int, int], Any] = lambda *_: ()
 
 
 class Method(NamedTuple):
@@ -103,23 +109,44 @@ def sam(rho: float = 0.05) -> Way:
     return Way(step)
 
 
+def regulariser(logits: jax.Array, targets: jax.Array, coefficient: ArrayLike) -> jax.Array:
+    """What early learning adds to any loss: labels without a class have no cross-entropy."""
+    return early_learning(logits, jnp.zeros_like(logits), targets, coefficient=coefficient)
+
+
 def elr(coefficient: float = 3.0) -> Way:
     """The memory is the moving average of what was predicted of every training example."""
 
     def step(parts, params, memory, batch):
         def loss_fn(params, sums):
             logits, other = parts.logits(params, batch.x)
-            p = jnp.clip(jax.nn.softmax(logits), 1e-4, 1 - 1e-4)
-            new = jax.lax.stop_gradient(p / p.sum(axis=-1, keepdims=True))
+            new = jax.lax.stop_gradient(jax.nn.softmax(logits))
             targets = TARGET_DECAY * memory[batch.index] + (1 - TARGET_DECAY) * new
-            agreement = jnp.sum(targets * p, axis=-1)
-            losses = parts.loss(logits, batch.y) + coefficient * jnp.log1p(-agreement)
+            losses = parts.loss(logits, batch.y) + regulariser(logits, targets, coefficient)
             mean = parts.mean(parts.tilt(losses, sums))
             return mean, (losses, other, memory.at[batch.index].set(targets))
 
         return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
-    return Way(step, lambda examples, classes, _: jnp.zeros((examples, classes)))
+    return Way(step, lambda params, examples, classes, groups: jnp.zeros((examples, classes)))
+
+
+def elr_teacher(coefficient: float = 2.0) -> Way:
+    """The memory is the teacher: the moving average of the parameters."""
+
+    def step(parts, params, teacher, batch):
+        teacher = optax.incremental_update(params, teacher, 1 - TEACHER_DECAY)
+        targets = jax.nn.softmax(parts.logits(teacher, batch.x)[0])
+        pull = jnp.where(batch.progress < TEACHER_BEGIN, 0.0, coefficient)
+
+        def loss_fn(params, sums):
+            logits, other = parts.logits(params, batch.x)
+            losses = parts.loss(logits, batch.y) + regulariser(logits, targets, pull)
+            return parts.mean(parts.tilt(losses, sums)), (losses, other, teacher)
+
+        return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
+
+    return Way(step, lambda params, examples, classes, groups: params)
 
 
 def levels(losses: jax.Array, y: jax.Array, classes: int, temperature: jax.Array) -> jax.Array:
@@ -165,6 +192,7 @@ WAYS: dict[str, Callable[..., Way]] = {
     "mixup": mixup,
     "sam": sam,
     "elr": elr,
+    "elr_teacher": elr_teacher,
     "l2rw": lambda: Way(reweighted(meta.l2rw_forward)),
     "meta_weight_net": meta_weight_net,
     "within": lambda: Way(within),

@@ -279,7 +279,7 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
 
     def init(run):
         _, params, other = nnx.split(make_model(run.seed), nnx.Param, ...)
-        memory = task.method.way.init(examples, task.classes, task.groups)
+        memory = task.method.way.init(params, examples, task.classes, task.groups)
         return TrainState(params, other, optimizer(run).init(params), jnp.int32(0), memory)
 
     def shuffle(run, number):
@@ -313,6 +313,7 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
             clean=(images[run.clean.index], run.clean.label),
             key=jax.random.fold_in(key, 0),  # the key itself has drawn the augmentation
             rate=run.learning_rate * rate(state.step),
+            progress=state.step / (steps * config.epochs),
         )
         (grads, sums), (losses, other, memory) = task.method.way.step(
             parts, state.params, state.memory, batch

@@ -40,12 +40,12 @@ def gradients(params, x=X, targets=EYE[Y]):
 def step(x64):
     arrays = map(jnp.asarray, (INDEX, X, Y, GROUP, WEIGHT))
     clean = jnp.asarray(CLEAN_X), jnp.asarray(CLEAN_Y)
-    batch = Batch(*arrays, clean, jax.random.key(3), 0.5)
+    batch = Batch(*arrays, clean, jax.random.key(3), rate=0.5, progress=0.0)
 
-    def step(way, memory=()):
+    def step(way, memory=(), progress=0.0):
         """What it returns, and the loss, the batch being the above."""
 
-        def run(params, memory, opt_state):
+        def run(params, memory, opt_state, progress):
             parts = Parts(
                 lambda params, x: (x @ params, "statistics"),
                 optax.softmax_cross_entropy_with_integer_labels,
@@ -53,11 +53,14 @@ def step(x64):
                 jnp.mean,
                 jnp.asarray(TEMPERATURE),
             )
-            (grads, sums), (each, other, memory) = way.step(parts, params, memory, batch)
+            (grads, sums), (each, other, memory) = way.step(
+                parts, params, memory, batch._replace(progress=progress)
+            )
             assert other == "statistics"
             return 2**20 * sums.level, each, memory, grads  # V being 0
 
-        return jax.jit(run)(jnp.asarray(PARAMS), memory, scale_by_attention(jnp.inf).init(None))
+        opt_state = scale_by_attention(jnp.inf).init(None)
+        return jax.jit(run)(jnp.asarray(PARAMS), memory, opt_state, progress)
 
     return step
 
@@ -89,6 +92,21 @@ def test_sam(step):
     np.testing.assert_allclose(grads, gradients(uphill).mean(axis=0))
 
 
+def check_slopes(grads, loss):
+    """Beside differences of the mean loss of parameters."""
+    for i in np.ndindex(PARAMS.shape):
+        ends = [PARAMS.copy(), PARAMS.copy()]
+        ends[0][i] -= 1e-6
+        ends[1][i] += 1e-6
+        low, high = (loss(end).mean() for end in ends)
+        np.testing.assert_allclose(grads[i], (high - low) / 2e-6, rtol=1e-6, atol=1e-9)
+
+
+def regularised(params, targets, coefficient):
+    agreement = np.sum(targets * softmax(X @ params), axis=-1)
+    return losses(params) + coefficient * np.log(1 - agreement)
+
+
 def test_elr(step):
     memory = RNG.dirichlet(np.ones(4), 10)
     value, each, new, grads = step(methods.elr(2.0), jnp.asarray(memory))
@@ -96,18 +114,24 @@ def test_elr(step):
     np.testing.assert_allclose(new[INDEX], targets)
     np.testing.assert_array_equal(new[jnp.array([6, 8])], memory[[6, 8]])
 
-    def regularised(params):
-        agreement = np.sum(targets * softmax(X @ params), axis=-1)
-        return losses(params) + 2 * np.log(1 - agreement)
-
-    np.testing.assert_allclose(each, regularised(PARAMS))
+    np.testing.assert_allclose(each, regularised(PARAMS, targets, 2))
     np.testing.assert_allclose(value, each.mean())
-    for i in np.ndindex(PARAMS.shape):
-        ends = [PARAMS.copy(), PARAMS.copy()]
-        ends[0][i] -= 1e-6
-        ends[1][i] += 1e-6
-        low, high = (regularised(end).mean() for end in ends)
-        np.testing.assert_allclose(grads[i], (high - low) / 2e-6, rtol=1e-6, atol=1e-9)
+    check_slopes(grads, lambda params: regularised(params, targets, 2))
+
+
+def test_elr_teacher(step):
+    """Before a fifth of the steps it is plain, while the teacher follows all along."""
+    way = methods.elr_teacher(1.5)
+    teacher = RNG.normal(size=PARAMS.shape)
+    followed = 0.997 * teacher + 0.003 * PARAMS
+    targets = softmax(X @ followed)
+    for progress, coefficient in ((0.19, 0), (0.2, 1.5), (0.9, 1.5)):
+        value, each, new, grads = step(way, jnp.asarray(teacher), progress)
+        np.testing.assert_allclose(new, followed)
+        np.testing.assert_allclose(each, regularised(PARAMS, targets, coefficient))
+        np.testing.assert_allclose(value, each.mean())
+        check_slopes(grads, lambda params, c=coefficient: regularised(params, targets, c))
+    np.testing.assert_array_equal(way.init(PARAMS, 10, 4, 2), PARAMS)
 
 
 def test_learning_to_reweight(step):

@@ -54,10 +54,12 @@ def test_group_dro():
         *(lambda p, x: (p * x, ()), lambda z, y: z, lambda x, sums: tilt(x, state, sums), jnp.mean),
         jnp.inf,
     )
-    batch = Batch(None, *map(jnp.asarray, (LOSSES, group, group, weight)), None, None, None)
+    batch = Batch(None, *map(jnp.asarray, (LOSSES, group, group, weight)), *4 * [None])
     for rate, expected in ((0.0, np.full(3, 1 / 3)), (0.1, q / q.sum())):
         way = subgroups.group_dro(rate)
-        (grad, sums), (losses, _, log_q) = way.step(parts, jnp.ones([]), way.init(8, 2, 3), batch)
+        (grad, sums), (losses, _, log_q) = way.step(
+            parts, jnp.ones([]), way.init(None, 8, 2, 3), batch
+        )
         np.testing.assert_allclose(losses, LOSSES)
         np.testing.assert_allclose(np.exp(log_q), expected, rtol=1e-5)
         value = 2**20 * sums.level  # where V is 0
