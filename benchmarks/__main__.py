@@ -1,28 +1,32 @@
-"""A tour of a minute or two on scikit-learn's digits: wrong labels, rare classes, and what helps.
+"""A tour: labels that mislead, targets that are too high, rare classes, and what helps.
 
     python -m benchmarks
 
-Each is met by SGD, by SGD on a loss that is made for it, and by ABSGD with a λ that tunes itself to
-a target set beforehand. Learning rates are those with the best accuracy on a validation split, held
-out of the training data of other seeds; what is reported is the final epoch on the test split.
+Each is met by a plain loss, by losses that are made for it, and by ABSGD with a λ that tunes itself
+to a target set beforehand. Learning rates, and the scales of Huber's and Tukey's losses, are those
+with the best accuracy, or mean absolute error, on a validation split of other seeds, which is as
+wrong as the training data; what is reported is the end of training, on right test data.
 """
 
 import ast
 import dataclasses
+import functools
+import math
 import pathlib
 from collections.abc import Iterator
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from tqdm import tqdm
 
-from benchmarks import longtail, noise
-from benchmarks.engine import comparison, plots, report
-from benchmarks.engine.comparison import Draw, Result, TEMPERATURE, Train
-from benchmarks.engine.config import FROM_1, OR_NONE, POSITIVE
+from benchmarks import longtail, noise, outliers
+from benchmarks.engine import comparison, config, plots, report, training
+from benchmarks.engine.comparison import Draw, Result, Train
 from benchmarks.engine.datasets import Split
 from benchmarks.engine.methods import parse
+from benchmarks.engine.search import SEEDS
 from benchmarks.engine.training import Images, Task
 
 EVERY = slice(None)
@@ -32,26 +36,41 @@ WORDS = {
     "gce": "generalized cross-entropy",
     "balanced_softmax": "balanced softmax",
 }
-COLORS = ("#777777", "#0072B2", "#D55E00")  # which the colour-blind can tell apart
+# Which the colour-blind can tell apart.
+GREY, BLUE, LIGHT_BLUE, RED = "#777777", "#0072B2", "#56B4E9", "#D55E00"
+# The arguments of the comparison on digits: a low rate may do to learn what is right alone. It is
+# over before there is much to save.
+DIGITS: dict[str, Any] = {
+    "search_seeds": 2,
+    "learning_rates": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "checkpoint_every": 1e6,
+}
+CURVE: dict[str, Any] = {
+    "search_seeds": 2,
+    "learning_rates": (0.003, 0.01, 0.03),
+    "ess": (0.6,),
+    "epochs": 60,
+}
+TOO_HIGH = 0.4  # share of the targets
+# What they are met by: a loss and an optimizer, and the colour.
+REGRESSION = {
+    "least squares": ("least squares", "Adam", GREY),
+    "Huber": ("Huber", "Adam", BLUE),
+    "Tukey": ("Tukey", "Adam", LIGHT_BLUE),
+    "ESS, later": ("least squares", "ABAdam, automatic", RED),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(comparison.Config):
+class Config(config.Config):
     """A tour."""
 
     out: pathlib.Path = pathlib.Path("out/tour")  # folder to write to
-    search_seeds: Annotated[int, FROM_1] = 2  # seeds of every setting of the search
-    # peaks to choose from; SGD needs a low one, or it memorises the wrong labels
-    learning_rates: Annotated[tuple[float, ...], POSITIVE] = (
-        *(0.0003, 0.001, 0.003),
-        *(0.01, 0.03, 0.1, 0.3),
-    )
-    # of ABSGD on wrong labels, and on rare classes; as in benchmarks.longtail
-    temperatures: Annotated[tuple[str, str], TEMPERATURE, OR_NONE] = ("0.2:ess-0.6", "0.5:ess0.9")
+    seeds: Annotated[int, SEEDS] = 5  # number of seeds that are reported
 
 
 class Part(NamedTuple):
-    """What is wrong with the data, and what is done about it."""
+    """What is wrong with labels, and what is done about it."""
 
     name: str
     draw: Draw
@@ -59,35 +78,60 @@ class Part(NamedTuple):
     temperatures: dict[str, tuple[str, ...]]  # of ABSGD, by loss
 
 
-def make_parts(config: Config, train: Split, test: Split) -> tuple[Part, Part]:
-    negative, positive = ((lam,) for lam in config.temperatures)
+def make_parts(c: comparison.Config, train: Split, test: Split) -> tuple[Part, Part]:
     labels, classes = (train.labels, test.labels), int(train.labels.max()) + 1
     return (
         Part(
             "wrong labels",
-            noise.make_draw(train, test, "symmetric:0.4", None, config.validation),
+            noise.make_draw(train, test, "instance:0.4", None, c.validation),
             2,
-            {"cross_entropy": negative, "gce": ()},
+            {"cross_entropy": ("0.2:ess-0.6",), "gce": ()},
         ),
         Part(
             "rare classes",
-            longtail.make_draw(*labels, longtail.Config.imbalance, config.validation),
+            longtail.make_draw(*labels, longtail.Config.imbalance, c.validation),
             classes,
-            {"cross_entropy": (), "balanced_softmax": positive},
+            {"cross_entropy": (), "balanced_softmax": ("0.5:ess0.9",)},
         ),
     )
 
 
-def run(config: Config, part: Part, images: Images, classes: int, train: Train) -> list[Result]:
+def classify(
+    c: comparison.Config, part: Part, images: Images, classes: int, train: Train
+) -> list[Result]:
     """Both losses with SGD, and one of them with ABSGD, in this order."""
     results = []
     for loss, temperatures in part.temperatures.items():
-        told = dataclasses.replace(config, temperatures=temperatures)
+        told = dataclasses.replace(c, temperatures=temperatures)
         task = Task(images, classes, part.groups, classes, parse(loss))
         name = f"{part.name}-{loss}".replace(" ", "-")
         compared = comparison.compare(told, name, task, part.draw, train)
         results += [result._replace(loss=WORDS[loss]) for result in compared]
     return sorted(results, key=lambda result: result.optimizer != "SGD")
+
+
+def make_curve() -> outliers.Table:
+    """A sine, with noise of a tenth of its standard deviation."""
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-3, 3, size=2000)
+    truth = np.sin(x)
+    truth = (truth - truth.mean()) / truth.std()
+    y = truth + 0.1 * rng.normal(size=len(x))
+    return outliers.Table((x / x.std())[:, None], y, truth)
+
+
+def regress(c: outliers.Config, table: outliers.Table) -> dict[str, dict[str, Any]]:
+    """What becomes of every method, and its setting."""
+    grids = {
+        key: grid
+        for key, grid in outliers.grids(c).items()
+        if key[0] in REGRESSION and key[1] == "mae"
+    }
+    found = outliers.find(c, table, "one_sided", TOO_HIGH, grids)
+    return {
+        method: {"setting": setting, **found.final[setting]}
+        for (method, _), setting in found.chosen.items()
+    }
 
 
 def accuracy(result: Result, classes: slice) -> np.ndarray:
@@ -103,67 +147,108 @@ def in_words(x: np.ndarray, y: np.ndarray, other: str) -> str:
     return f"{abs(mean):.1f} ± {error:.1f} points {'ahead of' if mean > 0 else 'behind'} {other}"
 
 
-def sentences(wrong: list[Result], rare: list[Result], few: slice) -> Iterator[str]:
-    """What the final epochs say."""
+def sentences(
+    wrong: list[Result], high: dict[str, dict[str, Any]], rare: list[Result], few: slice
+) -> Iterator[str]:
+    """What the ends of training say."""
     sgd, robust, absgd = (accuracy(r, EVERY)[-1] for r in wrong)
     versus = f"{in_words(absgd, sgd, 'SGD')}, and {in_words(absgd, robust, wrong[1].loss)}"
-    yield f"With 40 % of the labels wrong ABSGD is {versus}."
+    yield f"With 40 % of the labels wrong, by what is in the image, ABSGD is {versus}."
+    least_squares, huber, tukey, absgd = (f"{of['rmse'].mean():.2f}" for of in high.values())
+    yield (
+        f"With 40 % of the targets too high, least squares have an RMSE of {least_squares}, "
+        f"Huber's loss of {huber}, Tukey's of {tukey}, and ABSGD on squares of {absgd}."
+    )
     for where, classes in (f"the {-few.start} rarest", few), ("all", EVERY):
         sgd, balanced, absgd = (accuracy(r, classes)[-1] for r in rare)
         gain, more = in_words(balanced, sgd, rare[0].loss), in_words(absgd, balanced, "SGD")
         yield f"On {where} classes {rare[1].loss} is {gain}; with it, ABSGD is {more}."
 
 
-def draw_panel(axes: Axes, results: list[Result], classes: slice, low: float) -> None:
-    """Mean and standard deviation over the seeds, each with its name at its end."""
-    height = np.inf
-    colors = dict(zip(COLORS, results, strict=True))
-    for color, r in sorted(colors.items(), key=lambda x: -accuracy(x[1], classes)[-1].mean()):
+def draw_accuracy(axes: Axes, results: list[Result], classes: slice) -> None:
+    """Mean and standard deviation over the seeds, each with its name and its end."""
+    for color, r in zip((GREY, BLUE, RED), results, strict=True):
         curve = accuracy(r, classes)
         epochs, mean, std = range(1, len(curve) + 1), curve.mean(axis=1), curve.std(axis=1, ddof=1)
-        axes.plot(epochs, mean, color=color)
+        label = f"{r.optimizer.split(',')[0]}, {r.loss}: {mean[-1]:.0f} %"
+        axes.plot(epochs, mean, color=color, label=label)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.1, lw=0)
-        height = min(mean[-1], height - 0.15 * (100 - low))  # below the name before
-        text = f"{r.optimizer.split(',')[0]}  {mean[-1]:.1f} %\n{r.loss}"
-        style = {"textcoords": "offset points", "va": "center", "color": color}
-        axes.annotate(text, (len(curve), height), (8, 0), annotation_clip=False, **style)
-    start, lam = comparison.stages(results[-1].setting.temperature)[-1]
-    axes.axvline(start * len(curve), color=COLORS[-1], ls=":", lw=1)
-    axes.text(
-        start * len(curve), low, f" λ {'<' if lam < 0 else '>'} 0", color=COLORS[-1], va="bottom"
-    )
-    axes.set(xlabel="epoch", xlim=(1, max(len(curve), 2)), ylim=(low, 100))
+    axes.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(1, max(len(curve), 2)))
 
 
-def draw(path: pathlib.Path, wrong: list[Result], rare: list[Result], few: slice) -> None:
-    panels = (
-        ("40 % of the labels wrong", wrong, EVERY),
-        (f"The {-few.start} rarest classes", rare, few),
+def draw_regression(
+    axes: Axes, c: outliers.Config, table: outliers.Table, high: dict[str, dict[str, Any]]
+) -> None:
+    """The training data of the first seed, and what is predicted of its test data."""
+    sample = outliers.draw(c, table, "one_sided", TOO_HIGH, seed=0, searching=False)
+    x, rows = table.x[:, 0], np.unique(sample.batches)
+    y = sample.y * sample.spread + sample.center
+    wrong = np.abs(y - table.y) > 1e-3
+    for part, color in ((~wrong, "#999999"), (wrong, "#E69F00")):
+        axes.scatter(x[rows][part[rows]], y[rows][part[rows]], 3, color, linewidths=0, alpha=0.5)
+    tested = x[sample.evaluation]
+    order = np.argsort(tested)
+    for method, of in high.items():
+        loss, optimizer, color = REGRESSION[method]
+        label = f"{optimizer.split(',')[0]}, {loss}: RMSE {of['rmse'].mean():.2f}"
+        axes.plot(tested[order], of["predicted"][0][order], color=color, label=label)
+    axes.plot(tested[order], sample.truth[order], "k:", lw=1)
+    axes.set(xlabel="x", ylabel="y")
+
+
+def write(
+    c: Config,
+    curve: tuple[outliers.Config, outliers.Table],
+    wrong: list[Result],
+    high: dict[str, dict[str, Any]],
+    rare: list[Result],
+) -> None:
+    few = longtail.groups(rare[0].accuracy.shape[2])["few"]
+    rows = [("data", "loss", "optimizer", "rate", "at the end", "diverged")]
+    records: dict[str, Any] = {}
+
+    def add(data: str, loss: str, optimizer: str, rate: float, end: str, diverged: int) -> str:
+        rows.append((data, loss, optimizer, f"{rate:g}", end, f"{diverged} of {c.seeds}"))
+        return f"{data}, {loss}, {optimizer}"
+
+    def add_accuracy(data: str, r: Result, *parts: slice) -> None:
+        ends = [report.mean_std(accuracy(r, part)[-1], ".1f") + " %" for part in parts]
+        end = f", {-few.start} rarest ".join(ends)
+        diverged = comparison.divergences(r.trained)
+        name = add(data, r.loss, r.optimizer, r.setting.learning_rate, end, diverged)
+        records[name] = comparison.record(r)
+
+    for r in wrong:
+        add_accuracy("wrong labels", r, EVERY)
+    for method, of in high.items():
+        end = f"RMSE {report.mean_std(of['rmse'], '.3f')}"
+        diverged = of["diverged"].sum()
+        name = add(
+            *("targets too high", *REGRESSION[method][:2]),
+            *(of["setting"].learning_rate, end, diverged),
+        )
+        kept = {k: of[k] for k in (*outliers.CRITERIA, "diverged")}
+        records[name] = {"setting": of["setting"]._asdict(), **kept}
+    for r in rare:
+        add_accuracy("rare classes", r, EVERY, few)
+    report.write(
+        c.out, records, report.markdown(rows), "\n".join(sentences(wrong, high, rare, few))
     )
-    curves = [accuracy(r, classes) for _, results, classes in panels for r in results]
-    late = np.stack(curves)[:, len(curves[0]) // 2 :]  # all start from a guess
-    low = 10 * np.floor((late.mean(axis=2) - late.std(axis=2, ddof=1)).min() / 10)
-    figure, grid = plt.subplots(1, 2, figsize=(10, 3.8), sharey=True)
-    for axes, (title, results, classes) in zip(grid, panels, strict=True):
+
+    figure, grid = plt.subplots(1, 3, figsize=(12, 4))
+    titles = (
+        "40 % of the labels wrong",
+        "40 % of the targets too high",
+        f"The {-few.start} rarest classes",
+    )
+    for axes, title in zip(grid, titles, strict=True):
         axes.set_title(title, loc="left")
-        draw_panel(axes, results, classes, low)
-    grid[0].set_ylabel("test accuracy, %")
-    plots.save(figure, path)
-
-
-def write(config: Config, wrong: list[Result], rare: list[Result]) -> None:
-    few = longtail.groups(wrong[0].accuracy.shape[2])["few"]
-    rows = [("data", "loss", "optimizer", "rate", "all classes", f"the {-few.start} rarest")]
-    records = {}
-    for data, results in ("wrong labels", wrong), ("rare classes", rare):
-        for r in results:
-            records[f"{data}, {r.loss}, {r.optimizer}"] = comparison.record(r)
-            every, rarest = (report.mean_std(accuracy(r, c)[-1], ".1f") for c in (EVERY, few))
-            rate = f"{r.setting.learning_rate:g}"
-            rows.append((data, r.loss, r.optimizer, rate, every, rarest if results is rare else ""))
-    text = "\n".join(sentences(wrong, rare, few))
-    report.write(config.out, records, report.markdown(rows), text)
-    draw(config.out / "tour.png", wrong, rare, few)
+    draw_accuracy(grid[0], wrong, EVERY)
+    draw_regression(grid[1], *curve, high)
+    draw_accuracy(grid[2], rare, few)
+    for axes in grid:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.17))
+    plots.save(figure, c.out / "tour.png")
 
 
 def benchmarks() -> Iterator[str]:
@@ -176,20 +261,28 @@ def benchmarks() -> Iterator[str]:
 
 
 def main() -> None:
-    config = comparison.read(Config, __doc__)
-    train, test = comparison.load(config)
-    images = comparison.on_device(config, train, test)
-    parts = make_parts(config, train, test)
+    c = config.read(Config, __doc__)
+    digits = comparison.Config(out=c.out, seeds=c.seeds, **DIGITS)
+    curve = outliers.Config(out=c.out, seeds=c.seeds, **CURVE)
+    table = make_curve()
+    train, test = comparison.load(digits)
+    images = comparison.on_device(digits, train, test)
+    parts = make_parts(digits, train, test)
     sizes = [
         size
         for part in parts
         for temperatures in part.temperatures.values()
-        for size in comparison.sizes(dataclasses.replace(config, temperatures=temperatures))
+        for size in comparison.sizes(dataclasses.replace(digits, temperatures=temperatures))
     ]
-    with comparison.session(config, parts[1].draw, sizes) as trainer:
-        results = [run(config, part, images, parts[1].groups, trainer) for part in parts]
-        write(config, *results)
-    print(f"The picture is {config.out / 'tour.png'}. The other benchmarks:\n")
+    epochs = digits.epochs * sum(math.ceil(n / digits.runs_at_once) for n in sizes)
+    with report.folder(c) as described, tqdm(total=epochs, unit="epoch") as bar:
+        fit = functools.partial(training.train, bar=bar, started=described["started"])
+        wrong, rare = (classify(digits, part, images, parts[1].groups, fit) for part in parts)
+        bar.set_description("regression")
+        high = regress(curve, table)
+        write(c, (curve, table), wrong, high, rare)
+    print((c.out / "table.md").read_text(encoding="utf-8"))
+    print(f"The picture is {c.out / 'tour.png'}. The other benchmarks:\n")
     print(*benchmarks(), sep="\n")
 
 

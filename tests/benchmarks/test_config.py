@@ -25,7 +25,6 @@ from benchmarks import (
     subgroups,
     sweep,
     tabular,
-    toy,
 )
 from benchmarks.engine import comparison, config, methods, report, search
 from tests.support.commands import load, ROOT, run
@@ -74,7 +73,6 @@ BENCHMARKS = [
     subgroups,
     sweep,
     tabular,
-    toy,
 ]
 
 
@@ -192,7 +190,6 @@ def test_knobs_at_their_ends():
         (longtail, "--imbalance 0.001", "an image, got 0.001 of the 1"),
         (longtail, "--largest 19", "got 0.05 of the 19 of the largest; raise it, or --largest"),
         (sweep, "--imbalance 0.001", "--imbalance must leave the rarest class an image, got 0.001"),
-        (tour, "--validation 0.95", "or lower --validation"),
         (subgroups, "--rare 0.001", "--rare must leave each subclass images to train on and to ho"),
         (
             segmentation,
@@ -235,40 +232,40 @@ class TestFolder:
     """A run takes a folder of its own, and deletes nothing of anybody else's."""
 
     @pytest.fixture
-    def toy_config(self, tmp_path):
-        return toy.Config(out=tmp_path / "out")
+    def tour_config(self, tmp_path):
+        return tour.Config(out=tmp_path / "out")
 
-    def test_command_is_one_for_a_shell(self, toy_config, monkeypatch):
-        monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "benchmarks.toy", "--out", "a b"])
-        with report.folder(toy_config) as description:
-            assert description["command"] == "python -m benchmarks.toy --out 'a b'"
+    def test_command_is_one_for_a_shell(self, tour_config, monkeypatch):
+        monkeypatch.setattr(sys, "orig_argv", ["python3", "-m", "benchmarks", "--out", "a b"])
+        with report.folder(tour_config) as description:
+            assert description["command"] == "python -m benchmarks --out 'a b'"
 
-    def test_begun_and_cut_off(self, toy_config):
-        toy_config.out.mkdir()
+    def test_begun_and_cut_off(self, tour_config):
+        tour_config.out.mkdir()
         for name in (".lock", "config.json.part"):
-            (toy_config.out / name).touch()
-        with report.folder(toy_config) as description:
+            (tour_config.out / name).touch()
+        with report.folder(tour_config) as description:
             assert not description["finished"]
 
-    def test_described_as_read(self, toy_config):
-        with report.folder(toy_config):
+    def test_described_as_read(self, tour_config):
+        with report.folder(tour_config):
             pass
-        found = load(toy_config.out, "config")
-        assert found["arguments"] == {"out": str(toy_config.out), "seed": 0}
+        found = load(tour_config.out, "config")
+        assert found["arguments"] == {"out": str(tour_config.out), "seeds": 5}
         assert found["finished"]
 
     @pytest.mark.parametrize(
         "of_theirs",
         ["checkpoints/mine/weights", "log.txt", "notes.md", ".lock", "config.json.part"],
     )
-    def test_somebody_elses(self, toy_config, of_theirs, capsys):
-        path = toy_config.out / of_theirs
+    def test_somebody_elses(self, tour_config, of_theirs, capsys):
+        path = tour_config.out / of_theirs
         path.parent.mkdir(parents=True)
         path.write_text("mine")
-        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+        with pytest.raises(SystemExit, match="2"), report.folder(tour_config):
             pass
         assert "holds files and no run of a benchmark: name another" in capsys.readouterr().err
-        assert [p for p in toy_config.out.rglob("*") if p.is_file()] == [path]
+        assert [p for p in tour_config.out.rglob("*") if p.is_file()] == [path]
         assert path.read_text() == "mine"
 
     @pytest.mark.parametrize("resume", [False, True])
@@ -292,33 +289,33 @@ class TestFolder:
         assert path.read_text(encoding="latin1") == content
         assert list(out.iterdir()) == [path]
 
-    def test_of_the_first_versions(self, toy_config):
+    def test_of_the_first_versions(self, tour_config):
         """They say neither when they were started nor whether they ended."""
-        with report.folder(toy_config):
+        with report.folder(tour_config):
             pass
-        path = toy_config.out / "config.json"
-        found = load(toy_config.out, "config")
+        path = tour_config.out / "config.json"
+        found = load(tour_config.out, "config")
         path.write_text(json.dumps({k: found[k] for k in report.DESCRIBED}))
-        with report.folder(toy_config) as description:
+        with report.folder(tour_config) as description:
             assert description["started"]
 
-    def test_file(self, toy_config, capsys):
-        toy_config.out.write_text("mine")
-        with pytest.raises(SystemExit, match="2"), report.folder(toy_config):
+    def test_file(self, tour_config, capsys):
+        tour_config.out.write_text("mine")
+        with pytest.raises(SystemExit, match="2"), report.folder(tour_config):
             pass
-        assert f"--out {toy_config.out} can't be written to" in capsys.readouterr().err
-        assert toy_config.out.read_text() == "mine"
+        assert f"--out {tour_config.out} can't be written to" in capsys.readouterr().err
+        assert tour_config.out.read_text() == "mine"
 
-    def test_in_use(self, toy_config):
+    def test_in_use(self, tour_config):
         """By another process, which ends: then it is free."""
         command = (
             "import pathlib, sys\n"
-            "from benchmarks import toy\n"
+            "from benchmarks import __main__ as tour\n"
             "from benchmarks.engine import report\n"
-            "with report.folder(toy.Config(out=pathlib.Path(sys.argv[1]))): pass"
+            "with report.folder(tour.Config(out=pathlib.Path(sys.argv[1]))): pass"
         )
-        command = [sys.executable, "-c", command, str(toy_config.out)]
-        with report.folder(toy_config):
+        command = [sys.executable, "-c", command, str(tour_config.out)]
+        with report.folder(tour_config):
             second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
             assert second.returncode == 2
             assert "is in use by another process" in second.stderr

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import __main__ as tour
-from tests.support.commands import load, SMALL
+from tests.support.commands import load
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
 def test_tour(tmp_path, monkeypatch, capsys):
-    options = f"{SMALL} --epochs 2 --learning-rates 0.1 --devices 1 --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", [tour.__file__, *options.split()])
+    small = {"model": "linear", "epochs": 2, "search_seeds": 1, "learning_rates": (0.1,)}
+    for name, value in small.items():
+        monkeypatch.setitem(tour.DIGITS, name, value)
+    monkeypatch.setitem(tour.CURVE, "epochs", 2)
+    monkeypatch.setattr(sys, "argv", [tour.__file__, "--seeds", "2", "--out", str(tmp_path)])
     tour.main()
     printed, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
     assert table in printed
@@ -26,24 +29,38 @@ def test_tour(tmp_path, monkeypatch, capsys):
     results = load(tmp_path)
     rows = [row.split("|")[1:-1] for row in table.splitlines() if "±" in row and row[0] == "|"]
     assert [", ".join(map(str.strip, row[:3])) for row in rows] == list(results)
-    assert [r["setting"]["temperature"] for r in results.values()] == [
-        *("inf", "inf", "0.2:ess-0.6"),
-        *("inf", "inf", "0.5:ess0.9"),
-    ]
-    every, few = (
-        np.array([np.array(r["class_accuracy"])[:, part].mean(axis=1) for r in results.values()])
-        for part in (slice(None), slice(-3, None))
+    wrong, high, rare = (
+        [r for name, r in results.items() if name.startswith(data)]
+        for data in ("wrong labels", "targets too high", "rare classes")
     )
-    for i, row in enumerate(rows):
-        shown = [every[i], few[i]] if i >= 3 else [every[i]]
-        cells = [f"{x.mean():.1f} ± {x.std(ddof=1):.1f}" for x in shown]
-        assert [cell.strip() for cell in row[4:] if cell.strip()] == cells
+    labels = [r["setting"]["temperature"] for r in wrong + rare]
+    assert labels == ["inf", "inf", "0.2:ess-0.6", "inf", "inf", "0.5:ess0.9"]
+    assert [r["setting"]["automatic"] for r in high] == [False, False, False, True]
+
+    def cell(x, digits):
+        return f"{np.mean(x):{digits}} ± {np.std(x, ddof=1):{digits}}"
+
+    of_labels = [np.array(r["class_accuracy"]) for r in wrong + rare]
+    every, few = ([x[:, part].mean(axis=1) for x in of_labels] for part in (EVERY, FEW))
+    ends = [f"{cell(x, '.1f')} %" for x in every]
+    ends[3:] = [
+        f"{end}, 3 rarest {cell(x, '.1f')} %" for end, x in zip(ends[3:], few[3:], strict=True)
+    ]
+    ends[3:3] = [f"RMSE {cell(r['rmse'], '.3f')}" for r in high]
+    assert [row[4].strip() for row in rows] == ends
 
     # A difference, of either sign or of none, stands in the words.
-    said = re.findall(r"\d+\.\d ± \d+\.\d", table.replace("(-", "(").split("With 40 %")[1])
+    said = table.split("\n\n")[-1].replace("(-", "(")
     pairs = (every, 2, 0), (every, 2, 1), (few, 4, 3), (few, 5, 4), (every, 4, 3), (every, 5, 4)
     differences = [x[a] - x[b] for x, a, b in pairs]
-    assert said == [f"{abs(d.mean()):.1f} ± {np.ptp(d) / 2:.1f}" for d in differences]
+    assert re.findall(r"\d+\.\d ± \d+\.\d", said) == [
+        f"{abs(d.mean()):.1f} ± {np.ptp(d) / 2:.1f}" for d in differences
+    ]
+    for r in high:
+        assert f" of {np.mean(r['rmse']):.2f}" in said
+
+
+EVERY, FEW = slice(None), slice(-3, None)
 
 
 @pytest.mark.parametrize(
