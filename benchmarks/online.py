@@ -23,9 +23,9 @@ best balanced accuracy on streams of other seeds; all are drawn from the trainin
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
+from itertools import product
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -188,12 +188,7 @@ def measure(correct: np.ndarray, finite: bool, stream: Stream) -> dict[str, Any]
 
 
 def run(
-    config: Config,
-    images: jax.Array,
-    labels: np.ndarray,
-    n: int,
-    grid: list[Setting],
-    searching: bool,
+    config: Config, images: jax.Array, labels: Any, n: int, grid: list[Setting], searching: bool
 ) -> Measures:
     """What becomes of every setting."""
     seeds = seeds_of(config, searching)
@@ -205,34 +200,24 @@ def run(
     for automatic in (False, True):
         group = [s for s in grid if (s.optimizer == OPTIMIZERS[2]) == automatic]
         counts = np.stack([class_counts(s, streams, n) for s in group])
-        rates = np.float32([s.learning_rate for s in group])
-        temperatures = np.float32([s.temperature for s in group])
-        results = train(
-            *(images, batches, counts, rates, temperatures, keys),
-            hidden=config.hidden,
-            automatic=automatic,
-        )
+        rates, temperatures = np.float32([(s.learning_rate, s.temperature) for s in group]).T
+        args = images, batches, counts, rates, temperatures, keys
+        results = train(*args, hidden=config.hidden, automatic=automatic)
         for setting, correct, finite in zip(group, *map(np.asarray, results), strict=True):
             runs = [measure(*r) for r in zip(correct, finite, drawn, strict=True)]
-            found[setting] = {k: np.array([r[k] for r in runs]) for k in runs[0]}
+            found[setting] = report.stack(runs)
     return {setting: found[setting] for setting in grid}
 
 
 def grids(config: Config) -> dict[tuple[str, str], list[Setting]]:
     """What there is to choose from, for every loss with SGD, ABSGD and its automatic λ."""
-    temperatures = dict(
-        zip(OPTIMIZERS, ((math.inf,), config.temperatures, (config.ess,)), strict=True)
-    )
-    memories = {"running": config.memories}
-    return {
-        (loss, optimizer): [
-            Setting(loss, optimizer, *choice)
-            for choice in itertools.product(
-                config.learning_rates, temperatures[optimizer], memories.get(loss, (None,))
-            )
-        ]
-        for loss, optimizer in itertools.product(LOSSES, OPTIMIZERS)
-    }
+    found = {}
+    temperatures = (math.inf,), config.temperatures, (config.ess,)
+    for loss, (optimizer, lams) in product(LOSSES, zip(OPTIMIZERS, temperatures, strict=True)):
+        memories = config.memories if loss == "running" else (None,)
+        choices = product(config.learning_rates, lams, memories)
+        found[loss, optimizer] = [Setting(loss, optimizer, *choice) for choice in choices]
+    return found
 
 
 def most_accurate(_: tuple[str, str], grid: Measures) -> Setting:
@@ -250,13 +235,10 @@ def table(results: dict[int, Measures]) -> str:
             lam = "ESS " * (s.optimizer == OPTIMIZERS[2]) + f"{s.temperature:g}"
             row = [str(n), loss, lam.replace("inf", "∞"), f"{s.learning_rate:g}"]
             for name in ("balanced", "rare"):
-                row.append(report.mean_std(measures[name], ".1f"))
-                for other in (plain[LOSSES[0]], plain[s.loss]):
-                    gain = report.difference(measures[name], other[name])
-                    row.append("" if measures is other else gain)
-            diverged = measures["diverged"]
+                others = plain[LOSSES[0]][name], plain[s.loss][name]
+                row += report.against(measures[name], *others)
             row.append(report.mean_std(measures["whole_stream"], ".1f"))
-            rows.append((*row, f"{diverged.sum()} of {len(diverged)}"))
+            rows.append((*row, report.share(measures["diverged"])))
     return report.markdown(rows)
 
 
@@ -293,14 +275,10 @@ def main() -> None:
             found = search(grids(config), trained, most_accurate)
             results[n] = found.final
             for key, grid in grids(config).items():
-                setting, seen = found.chosen[key], [found.seen[s]["balanced"] for s in grid]
-                records[" ".join((str(n), *key))] = {
-                    "setting": setting._asdict(),
-                    "validation": [
-                        {**s._asdict(), "balanced": x} for s, x in zip(grid, seen, strict=True)
-                    ],
-                    **found.final[setting],
-                }
+                setting = found.chosen[key]
+                seen = [{**s._asdict(), "balanced": found.seen[s]["balanced"]} for s in grid]
+                record = {"setting": setting._asdict(), "validation": seen, **found.final[setting]}
+                records[" ".join((str(n), *key))] = record
         text = table(results)
         report.write(config.out, records, text)
         plot(results, config.out / "online.png")

@@ -44,16 +44,16 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogLocator
 from sklearn.datasets import load_diabetes, make_friedman1
 from tqdm import tqdm
 
 from absgd_jax import abadam, target_ess, tilt, two_stage
-from benchmarks.engine import config, layers, plots, report
+from benchmarks.engine import config, datasets, layers, plots, report
 from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, Must, NOT_NEGATIVE, OR_NONE, POSITIVE
 from benchmarks.engine.search import Found, search, SEEDS, seeds_of
 
-AT_ONCE = 16  # runs of a program; the last ones are filled up, so that one compilation serves all
+AT_ONCE = 16  # runs of a program
 TESTED = 1 / 4  # share of a data set; of the rest the search holds out as much
 NORMAL = 1.4826  # standard deviation / MAD
 FAR = 3.0  # an RMSE, in standard deviations
@@ -94,11 +94,8 @@ class Config(config.Config):
     begin: Annotated[float, BELOW_1] = 0.1  # share of the steps before λ < 0, where it is later
     # to choose from
     learning_rates: Annotated[tuple[float, ...], POSITIVE] = (0.003, 0.01)
-    scales: Annotated[tuple[float, ...], POSITIVE] = (
-        0.1,
-        0.2,
-        0.4,
-    )  # of the noise that a loss supposes, in MADs
+    # of the noise that a loss supposes, in MADs
+    scales: Annotated[tuple[float, ...], POSITIVE] = (0.1, 0.2, 0.4)
     ess: Annotated[tuple[float, ...], INSIDE] = (0.6, 0.8)  # of the automatic λ
 
 
@@ -199,14 +196,10 @@ def diamonds() -> tuple[np.ndarray, np.ndarray]:
     path = pathlib.Path(package.origin).parent / "data" / "diamonds.csv"
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
-    price = columns.pop("price").astype(float)
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    price = np.array(columns.pop("price"), float)
     nominal = {"cut", "color", "clarity"}
-    features = [
-        x[:, None] == np.unique(x) if name in nominal else x.astype(float)[:, None]
-        for name, x in columns.items()
-    ]
-    return np.concatenate(features, axis=1, dtype=float), price
+    return datasets.features((x, name in nominal) for name, x in columns.items()), price
 
 
 def load(c: Config, name: str) -> Table:
@@ -246,20 +239,22 @@ def draw(c: Config, table: Table, kind: str, share: float, seed: int, searching:
     steps = max(1, c.epochs * len(train) // c.batch_size)
     if searching:
         held_out, train, truth = train[:n], train[n:], y
-    orders = [rng.permutation(train) for _ in range(-(-steps * c.batch_size // len(train)))]
-    batches = np.concatenate(orders)[: steps * c.batch_size].reshape(steps, -1)
+    batches = layers.batches(rng, train, steps, c.batch_size)
     center = np.median(y[train])
     spread = NORMAL * np.median(np.abs(y[train] - center))
     std = x[train].std(axis=0)
     x = np.float32((x - x[train].mean(axis=0)) / np.where(std > 0, std, 1))
     y = np.float32((y - center) / spread)
-    return Sample(x, y, center, spread, np.int32(batches), np.int32(held_out), truth[held_out])
+    return Sample(x, y, center, spread, batches, np.int32(held_out), truth[held_out])
 
 
-def train_one(
-    c: Config, automatic: bool, samples: Sample, of: jax.Array, s: Setting
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.vmap, in_axes=(None, None, None, 0))
+def train(
+    c: Config, automatic: bool, samples: Sample, job: tuple[Setting, jax.Array]
 ) -> tuple[jax.Array, jax.Array]:
     """What is predicted of the evaluation of a sample, and whether all losses were finite."""
+    s, of = job
     tuned = target_ess(s.temperature, init_value=-jnp.inf) if automatic else s.temperature
     steps = samples.batches.shape[1]
     begin = jnp.round(s.begin * steps).astype(int)
@@ -279,13 +274,6 @@ def train_one(
     return predict(params, samples.evaluation[of]), finite.all()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def train(
-    c: Config, automatic: bool, samples: Sample, of: jax.Array, settings: Setting
-) -> tuple[jax.Array, jax.Array]:
-    return jax.vmap(functools.partial(train_one, c, automatic, samples))(of, settings)
-
-
 def measure(predicted: np.ndarray, truth: np.ndarray, finite: bool) -> dict[str, Any]:
     """What one run did.
 
@@ -301,23 +289,23 @@ def measure(predicted: np.ndarray, truth: np.ndarray, finite: bool) -> dict[str,
         "median": np.median(residuals),
         "rmse": rmse,
         "diverged": int(not (finite and follows and rmse < FAR)),
+        "predicted": predicted,
     }
 
 
-def evaluate(c: Config, samples: Sample, jobs: list[tuple[Setting, int]]) -> list[dict[str, Any]]:
+def evaluate(
+    c: Config, samples: Sample, jobs: list[tuple[Setting, int]]
+) -> dict[tuple[Setting, int], dict[str, Any]]:
     """What becomes of each pair of a setting and a sample."""
-    found: dict[int, dict[str, Any]] = {}
+    found = {}
     for automatic in (False, True):
-        numbers = [i for i, (s, _) in enumerate(jobs) if s.automatic == automatic]
-        for at in range(0, len(numbers), AT_ONCE):
-            part = numbers[at : at + AT_ONCE]
-            settings, of = zip(*(jobs[i] for i in np.resize(part, AT_ONCE)), strict=True)
-            runs = Setting(*map(np.array, zip(*settings, strict=True)))
-            trained = map(np.asarray, train(c, automatic, samples, np.array(of), runs))
-            for i, k, z, finite in zip(part, of, *trained, strict=False):
-                z = z * samples.spread[k] + samples.center[k]
-                found[i] = measure(z, samples.truth[k], bool(finite))
-    return [found[i] for i in range(len(jobs))]
+        group = [job for job in jobs if job[0].automatic == automatic]
+        trained = functools.partial(train, c, automatic, samples)
+        runs = layers.train_in_parts(trained, group, AT_ONCE)
+        for (s, k), (z, finite) in zip(group, runs, strict=True):
+            z = z * samples.spread[k] + samples.center[k]
+            found[s, k] = measure(z, samples.truth[k], finite)
+    return found
 
 
 def find(
@@ -334,9 +322,8 @@ def find(
 
     def run(settings: list[Setting], searching: bool) -> dict[Setting, dict[str, np.ndarray]]:
         chosen = [i for i, (_, searched) in enumerate(seeds) if searched == searching]
-        found = iter(evaluate(c, samples, [(s, i) for s in settings for i in chosen]))
-        runs = {s: [next(found) for _ in chosen] for s in settings}
-        return {s: {k: np.array([r[k] for r in rs]) for k in rs[0]} for s, rs in runs.items()}
+        found = evaluate(c, samples, list(itertools.product(settings, chosen)))
+        return {s: report.stack([found[s, i] for i in chosen]) for s in settings}
 
     def best(key: tuple[str, str], grid: Mapping[Setting, dict[str, np.ndarray]]) -> Setting:
         return min(grid, key=lambda s: grid[s][key[1]].mean())
@@ -351,7 +338,8 @@ def compare(
     found = find(c, table, kind, share, grids(c))
     methods: dict[str, dict[str, Any]] = {}
     for (method, criterion), setting in found.chosen.items():
-        record = {"setting": list(setting), **found.final[setting]}
+        final = {k: found.final[setting][k] for k in (*CRITERIA, "diverged")}
+        record = {"setting": list(setting), **final}
         methods.setdefault(method, {})[criterion] = record
     seen = [[*s, *(of[k].mean() for k in CRITERIA)] for s, of in found.seen.items()]
     return {"data": name, "kind": kind, "share": share, "methods": methods, "validation": seen}
@@ -365,9 +353,9 @@ def tables(c: Config, results: list[dict[str, Any]]) -> list[str]:
 
     def table(title: str, columns: list[str], cell: Callable[[dict[str, Any], str], str]) -> str:
         rows = [("data", "errors", "share", *columns)]
-        for record in results:
-            cells = [cell(record["methods"], method) for method in columns]
-            rows.append((record["data"], record["kind"], f"{record['share']:g}", *cells))
+        for r in results:
+            cells = (cell(r["methods"], method) for method in columns)
+            rows.append((r["data"], r["kind"], f"{r['share']:g}", *cells))
         return f"{title}\n\n{report.markdown(rows)}"
 
     def figures(record: dict[str, Any]) -> str:
@@ -391,12 +379,9 @@ def tables(c: Config, results: list[dict[str, Any]]) -> list[str]:
         text = [f"{name} {x:.3g}" for name, x, usual in named if x != usual]
         return ", ".join([*text, f"rate {knobs.learning_rate:g}"])
 
+    right = "RMSE on right targets, of runs that didn't diverge, where validation MAE chooses:"
     return [
-        table(
-            "RMSE on right targets, of runs that didn't diverge, where validation MAE chooses:",
-            methods,
-            score("mae"),
-        ),
+        table(right, methods, score("mae")),
         table("The same less Huber's, paired by seed, ± standard error:", methods, gain),
         table("Where the median absolute residual chooses:", methods, score("median")),
         table("Where validation RMSE chooses:", methods, score("rmse")),
@@ -428,26 +413,23 @@ def plot(c: Config, results: list[dict[str, Any]], path: pathlib.Path) -> None:
         for axes, (method, knobs) in zip(row[[-2, -1, -1]], knobs_of(c).items(), strict=True):
             for of in (r for r in records if r["share"] == c.shares[-1]):
                 style = {"color": STYLES[method][0], "marker": MARKERS[of["kind"]]}
-                axes.plot(
-                    knobs, [median(of, f"{method} {k:g}") for k in knobs], lw=1, ms=4, **style
-                )
+                each = [median(of, f"{method} {k:g}") for k in knobs]
+                axes.plot(knobs, each, lw=1, ms=4, **style)
             axes.set_title(f"{name}, share {c.shares[-1]:g}")
         row[-1].set_xscale("log")
-        row[-1].set_xticks(c.scales, [f"{s:g}" for s in c.scales], minor=False)
-        row[-1].xaxis.set_minor_locator(NullLocator())
+        row[-1].set_xticks(c.scales, [f"{s:g}" for s in c.scales])
+        row[-1].minorticks_off()
         row[0].set_yscale("log")
         row[0].set_ylim(top=min(FAR, row[0].get_ylim()[1]))  # what diverged is above
         row[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        row[0].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        row[0].yaxis.set_minor_locator(NullLocator())
+        row[0].yaxis.set_major_formatter("{x:g}")
+        row[0].minorticks_off()
     labels = ["share of wrong targets"] * len(c.kinds) + ["f of ESS", "scale"]
     for axes, label in zip(grid[-1], labels, strict=True):
         axes.set_xlabel(label)
     lines = [Line2D([], [], color=x, ls=ls, label=name) for name, (x, ls) in STYLES.items()]
-    lines += [
-        Line2D([], [], marker=MARKERS[kind], color="grey", lw=0, label=kind.replace("_", "-"))
-        for kind in c.kinds
-    ]
+    dots = [(kind.replace("_", "-"), MARKERS[kind]) for kind in c.kinds]
+    lines += [Line2D([], [], color="grey", lw=0, marker=m, label=name) for name, m in dots]
     figure.legend(handles=lines, loc="outside right upper")
     figure.supylabel("RMSE on right targets, median")
     plots.save(figure, path)

@@ -210,10 +210,8 @@ def draw(c: Config, train: Split, test: Split, seed: int) -> Drawn:
     label = 1 + rng.permutation(classes)
     counts = object_counts(c.scenes * c.objects, classes, c.imbalance)
     equal = object_counts(c.evaluated * c.objects, classes, 1)
-    made = (
-        make_scenes(rng, Split(s.images, label[s.labels]), n, c.objects)
-        for s, n in ((train, counts), (test, equal))
-    )
+    train, test = (Split(s.images, label[s.labels]) for s in (train, test))
+    made = make_scenes(rng, train, counts, c.objects), make_scenes(rng, test, equal, c.objects)
     return Drawn(*made, counts)
 
 
@@ -244,9 +242,8 @@ class Block(nnx.Module):
 
     def __init__(self, *channels: int, rngs: nnx.Rngs):
         pairs = list(itertools.pairwise(channels))
-        self.convs = nnx.List(
-            [nnx.Conv(*pair, (3, 3), use_bias=False, rngs=rngs) for pair in pairs]
-        )
+        convs = [nnx.Conv(*pair, (3, 3), use_bias=False, rngs=rngs) for pair in pairs]
+        self.convs = nnx.List(convs)
         self.norms = nnx.List([nnx.GroupNorm(pair[1], 4, rngs=rngs) for pair in pairs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -386,12 +383,7 @@ def measure(trained: dict[str, np.ndarray], counts: np.ndarray) -> dict[str, Any
 
 
 def run(
-    c: Config,
-    draw: Callable[[int], Drawn],
-    started: str,
-    bar: tqdm,
-    settings: list[Setting],
-    searching: bool,
+    c: Config, draw: Any, started: str, bar: tqdm, settings: list[Setting], searching: bool
 ) -> dict[Setting, Measures]:
     """What becomes of every setting. Runs in ``c.out`` since ``started`` are not repeated."""
     measures = {}
@@ -406,16 +398,15 @@ def run(
                 report.save_finished(path, started, found)
             runs.append(measure(found, drawn.counts))
             bar.update()
-        measures[setting] = {k: np.array([r[k] for r in runs]) for k in runs[0]}
+        measures[setting] = report.stack(runs)
     return measures
 
 
 def temperatures(c: Config) -> list[tuple[str, list[str]]]:
     """What to choose λ from, as often as one is chosen: with its unit."""
-    grids = [("pixel", [SGD])]
-    for unit, given in zip(UNITS, (c.pixel_temperatures, c.scene_temperatures), strict=True):
-        for automatic in (False, True):
-            grids.append((unit, [t for t in given if comparison.is_automatic(t) == automatic]))
+    grids, given = [("pixel", [SGD])], (c.pixel_temperatures, c.scene_temperatures)
+    for (unit, lams), automatic in product(zip(UNITS, given, strict=True), (False, True)):
+        grids.append((unit, [t for t in lams if comparison.is_automatic(t) == automatic]))
     return [grid for grid in grids if grid[1]]
 
 
@@ -446,37 +437,11 @@ def table(results: dict[Setting, Measures]) -> str:
     for s, measures in results.items():
         row = [s.loss, str(s), f"{s.learning_rate:g}"]
         for name in ("mean", "rare"):
-            row.append(report.mean_std(measures[name], ".1f"))
-            for other in (first, plain[s.loss]):
-                gain = report.difference(measures[name], results[other][name])
-                row.append("" if s == other else gain)
+            others = (results[other][name] for other in (first, plain[s.loss]))
+            row += report.against(measures[name], *others)
         row += [report.mean_std(measures[k], ".1f") for k in ("background", "balanced", "pixels")]
-        rows.append((*row, f"{measures['diverged'].sum()} of {len(measures['diverged'])}"))
+        rows.append((*row, report.share(measures["diverged"])))
     return report.markdown(rows)
-
-
-def plot_ious(results: dict[Setting, Measures], path: pathlib.Path) -> None:
-    """A dot a seed, and a line at their mean."""
-    names = list(dict.fromkeys(s.loss for s in results))
-    forms = list(dict.fromkeys(s.optimizer for s in results))
-    panels = {"mean": "mean IoU, %", "rare": "IoU of the rare classes, %"}
-    figure, axes = plt.subplots(
-        *(1, len(panels)), figsize=(8.5, 1.6 + 0.6 * len(names)), sharey=True
-    )
-    for part, (key, title) in zip(axes, panels.items(), strict=True):
-        for s, measures in results.items():
-            i, x = forms.index(s.optimizer), measures[key]
-            y = names.index(s.loss) + (i - (len(forms) - 1) / 2) * 0.8 / len(forms)
-            style = {"color": f"C{i}", "linewidths": 0}
-            part.scatter(x, np.full(len(x), y), 9, alpha=0.6, **style)
-            part.scatter(x.mean(), y, 90, color=f"C{i}", marker="|")
-        part.set_xlabel(title)
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].invert_yaxis()
-    for i, form in enumerate(forms):
-        axes[0].scatter([], [], 20, f"C{i}", label=form)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    plots.save(figure, path)
 
 
 def plot_scenes(results: dict[Setting, Measures], scenes: Scenes, path: pathlib.Path) -> None:
@@ -488,11 +453,8 @@ def plot_scenes(results: dict[Setting, Measures], scenes: Scenes, path: pathlib.
     shown = len(next(reversed(columns.values())))
     colors = ["white", "#333333", *plt.colormaps["tab20"].colors]
     labels = ListedColormap(colors), BoundaryNorm(np.arange(-1.5, len(colors) - 1), len(colors))
-    figure, axes = plt.subplots(
-        *(shown, len(columns)),
-        figsize=(1.25 * len(columns), 0.3 + 1.25 * shown),
-        squeeze=False,
-    )
+    size = 1.25 * len(columns), 0.3 + 1.25 * shown
+    figure, axes = plt.subplots(shown, len(columns), figsize=size, squeeze=False)
     for part, (name, images) in zip(axes.T, columns.items(), strict=True):
         part[0].set_title(name, fontsize="small")
         for i, ax in enumerate(part):
@@ -511,7 +473,12 @@ def write(
         records[f"{s.loss}, {s.optimizer}"] = {"setting": s._asdict(), **numbers}
     searched = [{**s._asdict(), "mean": scores} for s, scores in seen.items()]
     report.write(c.out, records | {"validation": searched}, table(results))
-    plot_ious(results, c.out / "iou.png")
+    panels = {"mean": "mean IoU, %", "rare": "IoU of the rare classes, %"}
+    ious = {
+        title: {(s.loss, s.optimizer): measures[key] for s, measures in results.items()}
+        for key, title in panels.items()
+    }
+    plots.dots(ious, c.out / "iou.png")
     plot_scenes(results, scenes, c.out / "scenes.png")
 
 

@@ -22,12 +22,10 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
 from absgd_jax import Sums
@@ -190,26 +188,19 @@ def train_each(
     told = [inverse_sizes(g) for g in group]
 
     def fit(
-        c: Config,
-        name: str,
-        method: str,
-        settings: list[Setting],
-        weights: Iterable[np.ndarray] | None = None,
+        c: Config, name: str, method: str, settings: list[Setting], weights: Any = None
     ) -> dict[Setting, Trained]:
         """Trains settings that are one program; ``weights`` are those of its runs."""
         if not settings:
             return {}
         task = Task(images, groups // 2, groups, evaluated, parse(method, WAYS))
-        lams = [s.text if s.method.startswith("ABSGD") else SGD for s in settings]
-        tuned = [
-            comparison.Setting(lam, s.learning_rate, c.gamma)
-            for lam, s in zip(lams, settings, strict=True)
-        ]
+        lams = (s.text if s.method.startswith("ABSGD") else SGD for s in settings)
+        pairs = zip(lams, settings, strict=True)
+        tuned = [comparison.Setting(lam, s.learning_rate, c.gamma) for lam, s in pairs]
         runs = comparison.make_runs(c, task, tuned, seeds, draw)
         if weights is not None:
             runs = [run._replace(weight=w) for run, w in zip(runs, weights, strict=True)]
-        trained = train(c, f"{name}-{phase}", task, runs)
-        return comparison.by_setting(settings, trained)
+        return comparison.by_setting(settings, train(c, f"{name}-{phase}", task, runs))
 
     of = collections.defaultdict(list)
     for setting in settings:
@@ -266,15 +257,12 @@ def compare(
     def score(trained: Trained, rule: str) -> float:
         return 100 * scores(trained.history["accuracy"][-1], sizes, rule).mean()
 
-    found = search(
-        {
-            (rule, method): [Setting(method, *x) for x in itertools.product(grid, c.learning_rates)]
-            for rule in RULES
-            for method, grid in c.grids.items()
-        },
-        functools.partial(train_each, c, images, draw, train),
-        lambda key, grid: max(grid, key=lambda s: score(grid[s], key[0])),
-    )
+    grids = {
+        (rule, method): [Setting(method, *x) for x in itertools.product(grid, c.learning_rates)]
+        for rule, (method, grid) in itertools.product(RULES, c.grids.items())
+    }
+    run = functools.partial(train_each, c, images, draw, train)
+    found = search(grids, run, lambda key, grid: max(grid, key=lambda s: score(grid[s], key[0])))
     results = []
     for (rule, _), setting in found.chosen.items():
         trained = found.final[setting]
@@ -302,60 +290,39 @@ def table(results: list[Result]) -> str:
     """± is the standard deviation over seeds; in a gain over SGD, paired by seed, the error."""
     columns = "accuracy", "gain", "rare", "gain", "rare, stopped early", "diverged"
     rows = [("method", "setting", "rate", *columns)]
+    sgd = results[0]
     for r in results:
-        if r.setting.method == "SGD":
-            sgd = r
-        pairs = [(f(r.accuracy), f(sgd.accuracy)) for f in (lambda a: a.mean(axis=1), rare)]
-        cells = [
-            (report.mean_std(x, ".1f"), "" if r is sgd else report.difference(x, y))
-            for x, y in pairs
-        ]
-        stopped = report.mean_std(rare(r.stopped), ".1f")
-        setting = comparison.in_words(r.setting.text), f"{r.setting.learning_rate:g}"
-        ends = stopped, f"{r.diverged} of {len(r.accuracy)}"
-        rows.append((r.setting.method, *setting, *cells[0], *cells[1], *ends))
+        method, text, rate = r.setting
+        row = [method, comparison.in_words(text), f"{rate:g}"]
+        for f in (lambda accuracy: accuracy.mean(axis=1), rare):
+            x = f(r.accuracy)
+            row += report.against(x, x if r is sgd else f(sgd.accuracy))
+        ends = report.mean_std(rare(r.stopped), ".1f"), f"{r.diverged} of {len(r.accuracy)}"
+        rows.append((*row, *ends))
     return report.markdown(rows)
 
 
-def plot(results: list[Result], path: pathlib.Path) -> None:
-    """The rare subclasses: a dot a seed, and a line at their mean."""
-    names = list(dict.fromkeys(r.setting.method for r in results))
-    figure, axes = plt.subplots(figsize=(5.5, 3.4))
-    for i, (rule, color) in enumerate(zip(RULES, ("#0072B2", "#D55E00"), strict=True)):
-        axes.scatter([], [], 20, color, label=f"chosen by {rule}")
-        for r in (r for r in results if r.rule == rule):
-            x = rare(r.accuracy)
-            y = np.full(len(x), names.index(r.setting.method) + (i - 0.5) / 3)
-            axes.scatter(x, y, 9, color, linewidths=0, alpha=0.6)
-            axes.scatter(x.mean(), y[0], 90, color, marker="|")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    figure.legend(loc="outside upper center", ncols=2)
-    axes.set_xlabel("test accuracy of the rare subclasses, %")
-    plots.save(figure, path)
-
-
 def write(c: Config, results: list[Result], seen: dict[str, Any]) -> None:
-    records = {f"{r.setting.method}, by {r.rule}": r._asdict() for r in results}
-    for record in records.values():
-        record["setting"] = record["setting"]._asdict()
-    parts = [
-        part
-        for rule in RULES
-        for part in (f"Chosen by {rule}:", table([r for r in results if r.rule == rule]))
-    ]
+    records = {
+        f"{r.setting.method}, by {r.rule}": r._asdict() | {"setting": r.setting._asdict()}
+        for r in results
+    }
+    parts = (
+        f"Chosen by {rule}:\n\n{table([r for r in results if r.rule == rule])}" for rule in RULES
+    )
     report.write(c.out, records | {"validation": seen}, *parts)
-    plot(results, c.out / "rare.png")
+    dots = {(r.setting.method, f"chosen by {r.rule}"): rare(r.accuracy) for r in results}
+    plots.dots({"test accuracy of the rare subclasses, %": dots}, c.out / "rare.png")
 
 
 def main() -> None:
     c = config.read(Config, __doc__)
     train, test = comparison.load(c)
+    images = comparison.on_device(c, train, test)
     with config.refusing():
         draw = functools.cache(
             make_draw(train.labels, test.labels, c.rare, c.examples, c.validation)
         )
-    images = comparison.on_device(c, train, test)
     with comparison.session(c, draw) as trainer:
         results, seen = compare(c, images, draw, trainer)
         write(c, results, seen)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tabular
 
-Cross-validation, in which every fold has a setting of its own: the one with the best mean balanced
-accuracy on parts of the fold's training data that were held out. A table is one of scikit-learn's,
+Cross-validation, in which every fold has a setting of its own: the one with the best balanced
+accuracy on a part of the fold's training data that was held out. A table is one of scikit-learn's,
 or a file NAME.dat of the KEEL repository (Alcalá-Fdez et al. 2011) in a folder, and is written
 
     breast_cancer       as it is
@@ -22,10 +22,10 @@ The methods, beside SGD and a fixed λ, are automatic temperatures:
 
 import dataclasses
 import functools
-import itertools
 import math
 import pathlib
 from collections.abc import Mapping
+from itertools import product
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -33,30 +33,20 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from sklearn import datasets
+import sklearn.datasets
 from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
 from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
-from benchmarks.engine import config, layers, plots, report
+from benchmarks.engine import config, datasets, layers, plots, report
 from benchmarks.engine.comparison import diverged
-from benchmarks.engine.config import (
-    BELOW_1,
-    FROM_1,
-    FROM_2,
-    INSIDE,
-    Must,
-    NOT_NEGATIVE,
-    OR_NONE,
-    POSITIVE,
-    readable,
-)
+from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, NOT_NEGATIVE, OR_NONE, POSITIVE
 from benchmarks.engine.methods import levels
 from benchmarks.engine.search import search, SEARCH_SEED
 
-AT_ONCE = 256  # runs of a program; the last ones are filled up, so that one compilation serves all
+AT_ONCE = 256  # runs of a program
 SCORES = "balanced", "precision"  # that the search sees
 SKLEARN = ("breast_cancer", "digits", "iris", "wine")
 
@@ -111,14 +101,14 @@ OF_RARE = tuple(LOSSES)[:5]
 OF_WRONG = ("cross_entropy", "balanced_softmax", "gce")
 
 
-@readable
+@config.readable
 def is_table(text: str) -> bool:
     name, *share = text.split(":")
     return name != "" and len(share) < 2 and all(0 < float(x) <= 1 for x in share)
 
 
 FLAGS = "--tables and --flipped-tables"
-TABLE = Must("be a name, or one and a share in (0, 1], such as wine or wine:0.2", is_table)
+TABLE = config.Must("be a name, or one and a share in (0, 1], such as wine or wine:0.2", is_table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,10 +124,9 @@ class Config(config.Config):
     # tables some of whose training labels are flipped; two at least
     flipped_tables: Annotated[tuple[str, ...], TABLE] = ("breast_cancer", "wine")
     flips: Annotated[tuple[float, ...], BELOW_1, OR_NONE] = (0.4,)  # shares of each class
-    folds: Annotated[int, FROM_2] = 5  # of a cross-validation
+    folds: Annotated[int, config.FROM_2] = 5  # of a cross-validation
     shuffles: Annotated[int, FROM_1] = 1  # number of cross-validations
-    splits: Annotated[int, FROM_1] = 1  # number of parts held out from a fold, for the search
-    validation: Annotated[float, INSIDE] = 0.25  # share of each
+    validation: Annotated[float, INSIDE] = 0.25  # share of a fold held out, for the search
     steps: Annotated[int, FROM_1] = 300  # of a run
     batch_size: Annotated[int, FROM_1] = 32  # examples a step
     hidden: Annotated[tuple[int, ...], FROM_1, OR_NONE] = (32, 32)  # widths of the hidden layers
@@ -189,7 +178,7 @@ def load(text: str, data_dir: pathlib.Path | None) -> Table:
     name = text.partition(":")[0]
     ours, _, one = name.partition("-")
     if ours in SKLEARN and (one.isdecimal() or not one):
-        x, y = getattr(datasets, f"load_{ours}")(return_X_y=True)
+        x, y = getattr(sklearn.datasets, f"load_{ours}")(return_X_y=True)
         y = y == int(one) if one else y
     else:
         found = sorted(data_dir.rglob(f"{name}.dat")) if data_dir else []
@@ -217,18 +206,14 @@ def read_keel(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     rows = [row for row in rows if not {"?", "<null>", ""} & {*row}]
     try:
         *columns, y = zip(*rows, strict=True)
-        features = [
-            np.array(column)[:, None] == np.unique(column) if "{" in kind
-            else np.array(column, float)[:, None]
-            for column, kind in zip(columns, kinds[:-1], strict=True)
-        ]  # fmt: skip
-        return np.concatenate(features, axis=1, dtype=float), np.array(y)
+        nominal = ("{" in kind for kind in kinds[:-1])
+        return datasets.features(zip(columns, nominal, strict=True)), np.array(y)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or not a table of KEEL ({error})") from None
 
 
-def make_folds(c: Config, text: str, table: Table, flip: float) -> tuple[Fold, int]:
-    """Those of the search, and behind them those that are reported; and how many are of a fold."""
+def make_folds(c: Config, text: str, table: Table, flip: float) -> Fold:
+    """Those of the search, and behind them as many that are reported."""
     classes, share = int(table.y.max()) + 1, float(text.partition(":")[2] or 0)
     if min(class_counts(table.y, classes)) < c.folds:
         raise ValueError(f"{text} must have {c.folds} examples of every class: lower --folds")
@@ -248,21 +233,20 @@ def make_folds(c: Config, text: str, table: Table, flip: float) -> tuple[Fold, i
                         f"more than it has, got {text} of {sizes.tolist()}; name another share"
                     ) from None
             labels[train], _ = flip_labels(table.y[train], flip, num_classes=classes, seed=seed)
-            for split in range(SEARCH_SEED, SEARCH_SEED + c.splits):
-                part, held_out = hold_out(c, text, labels, train, split)
-                searched.append(make_fold(c, table, labels, part, held_out, split))
+            part, held_out = hold_out(c, text, labels, train)
+            searched.append(make_fold(c, table, labels, part, held_out, SEARCH_SEED))
             reported.append(make_fold(c, table, labels, train, test, seed))
     folds = searched + reported
     longest = max(fold.size for fold in folds)
     folds = [f._replace(evaluation=np.resize(f.evaluation, longest)) for f in folds]
-    return Fold(*map(np.stack, zip(*folds, strict=True))), len(searched)
+    return Fold(*map(np.stack, zip(*folds, strict=True)))
 
 
 def hold_out(
-    c: Config, text: str, labels: np.ndarray, train: np.ndarray, seed: int
+    c: Config, text: str, labels: np.ndarray, train: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """What is left of the examples, and a share of every class."""
-    order = np.random.default_rng(seed).permutation(train)
+    order = np.random.default_rng(SEARCH_SEED).permutation(train)
     groups = [order[labels[order] == k] for k in range(labels.max() + 1)]
     cuts = [max(1, round(c.validation * len(group))) for group in groups]
     if any(cut >= len(group) for cut, group in zip(cuts, groups, strict=True)):
@@ -276,18 +260,15 @@ def hold_out(
 def make_fold(
     c: Config, table: Table, labels: np.ndarray, train: np.ndarray, test: np.ndarray, seed: int
 ) -> Fold:
-    """All training examples come once before one comes again."""
     if c.batch_size > len(train):
         raise ValueError(
             f"--batch-size must not exceed the {len(train)} training examples, got {c.batch_size}"
         )
-    rng, needed = np.random.default_rng(seed), c.steps * c.batch_size
-    orders = [rng.permutation(train) for _ in range(-(-needed // len(train)))]
     counts = class_counts(labels[train], int(table.y.max()) + 1)
     weight = np.asarray(losses.class_balanced_weights(counts))
     std = table.x[train].std(axis=0)
     return Fold(
-        np.int32(np.concatenate(orders)[:needed].reshape(c.steps, c.batch_size)),
+        layers.batches(np.random.default_rng(seed), train, c.steps, c.batch_size),
         labels,
         np.int32(test),
         np.int32(len(test)),
@@ -309,7 +290,9 @@ def lifted(rule: Rule, rarest: float) -> float:
     return math.copysign(max(abs(rule.number), bounded), rule.number)
 
 
-def train_one(
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.vmap, in_axes=(*[None] * 5, 0))
+def train(
     c: Config, classes: int, automatic: bool, x: jax.Array, folds: Fold, run: Run
 ) -> tuple[jax.Array, jax.Array]:
     """Logits of the evaluation, and whether all losses were finite."""
@@ -337,11 +320,6 @@ def train_one(
     return logits(params, fold.evaluation), finite.all()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def train(c: Config, classes: int, automatic: bool, x: jax.Array, folds: Fold, runs: Run):
-    return jax.vmap(functools.partial(train_one, c, classes, automatic, x, folds))(runs)
-
-
 def measure(z: np.ndarray, y: np.ndarray, finite: bool) -> dict[str, Any]:
     """What one run did, in percent."""
     z = np.nan_to_num(z.astype(float), posinf=0, neginf=0)
@@ -363,80 +341,58 @@ def measure(z: np.ndarray, y: np.ndarray, finite: bool) -> dict[str, Any]:
 
 def evaluate(
     c: Config, table: Table, folds: Fold, jobs: list[tuple[Setting, int]]
-) -> list[dict[str, Any]]:
+) -> dict[tuple[Setting, int], dict[str, Any]]:
     """What becomes of each pair of a setting and a fold."""
-    found: dict[int, dict[str, Any]] = {}
+    found = {}
     share = folds.counts.min(axis=1) / folds.counts.sum(axis=1)
     for automatic in (False, True):
-        numbers = [i for i, (s, _) in enumerate(jobs) if s.rule.automatic == automatic]
+        group = [job for job in jobs if job[0].rule.automatic == automatic]
         runs = [
             Run(
-                *(np.int32(fold), np.int32(tuple(LOSSES).index(s.loss))),
-                *(np.float32(s.learning_rate), np.float32(s.weight_decay)),
-                np.float32(lifted(s.rule, share[fold])),
-                np.int32(round(s.rule.begin * c.steps)),
-                s.rule.within,
+                *(fold, tuple(LOSSES).index(s.loss), s.learning_rate, s.weight_decay),
+                *(lifted(s.rule, share[fold]), round(s.rule.begin * c.steps), s.rule.within),
             )
-            for s, fold in (jobs[i] for i in numbers)
+            for s, fold in group
         ]
-        for at in range(0, len(runs), AT_ONCE):
-            part = runs[at : at + AT_ONCE]
-            filled = Run(*map(np.stack, zip(*part, strict=True)))
-            filled = jax.tree.map(lambda leaf: np.resize(leaf, AT_ONCE), filled)
-            classes = folds.counts.shape[1]
-            trained = jax.device_get(train(c, classes, automatic, table.x, folds, filled))
-            for i, z, finite in zip(numbers[at : at + AT_ONCE], *trained, strict=False):
-                fold = jobs[i][1]
-                rows = folds.evaluation[fold][: folds.size[fold]]
-                found[i] = measure(z[: len(rows)], folds.labels[fold][rows], bool(finite))
-    return [found[i] for i in range(len(jobs))]
+        trained = functools.partial(train, c, folds.counts.shape[1], automatic, table.x, folds)
+        outcomes = layers.train_in_parts(trained, runs, AT_ONCE)
+        for (s, fold), (z, finite) in zip(group, outcomes, strict=True):
+            rows = folds.evaluation[fold][: folds.size[fold]]
+            found[s, fold] = measure(z[: len(rows)], folds.labels[fold][rows], finite)
+    return found
 
 
 def cross_validate(
-    c: Config, text: str, flip: float, table: Table, folds: Fold, searched: int
+    c: Config, text: str, flip: float, table: Table, folds: Fold
 ) -> dict[str, dict[str, Any]]:
     """What becomes of each loss and method in the setting that was chosen for each fold."""
     reported = c.folds * c.shuffles
-    counts = folds.counts[searched:]
+    counts = folds.counts[reported:]
     share = np.mean(counts.min(axis=1) / counts.sum(axis=1))
     methods, names = (WRONG, OF_WRONG) if flip else (RARE, OF_RARE)
-    grids = {
-        f"{loss}, {method}": [
-            Setting(loss, method, *choice)
-            for choice in itertools.product(rules, c.learning_rates, c.weight_decays)
-        ]
-        for loss, (method, rules) in itertools.product(names, methods.items())
-    }
+    grids = {}
+    for loss, (method, rules) in product(names, methods.items()):
+        choices = product(rules, c.learning_rates, c.weight_decays)
+        grids[f"{loss}, {method}"] = [Setting(loss, method, *choice) for choice in choices]
 
-    def run(pairs: list[tuple[Setting, int]], searching: bool) -> dict[Any, list[dict[str, Any]]]:
-        """What becomes of each pair of a setting and a fold, with every part held out from it."""
-        first, parts = (0, c.splits) if searching else (searched, 1)
-        jobs = [(s, first + k * parts + i) for s, k in pairs for i in range(parts)]
-        runs = iter(evaluate(c, table, folds, jobs))
-        return {pair: list(itertools.islice(runs, parts)) for pair in pairs}
+    def run(pairs: list[tuple[Setting, int]], searching: bool) -> dict[Any, dict[str, Any]]:
+        first = 0 if searching else reported
+        found = evaluate(c, table, folds, [(s, first + k) for s, k in pairs])
+        return {(s, k): found[s, first + k] for s, k in pairs}
 
-    def best(_: tuple[str, int], grid: Mapping[Any, list[dict[str, Any]]]) -> tuple[Setting, int]:
+    def best(_: tuple[str, int], grid: Mapping[Any, dict[str, Any]]) -> tuple[Setting, int]:
         # The average precision decides between equals.
-        score = {s: [np.mean([r[k] for r in runs]) for k in SCORES] for s, runs in grid.items()}
-        return max(score, key=score.get)
+        return max(grid, key=lambda pair: [grid[pair][k] for k in SCORES])
 
-    found = search(
-        {
-            (name, k): [(setting, k) for setting in grid]
-            for name, grid in grids.items()
-            for k in range(reported)
-        },
-        run,
-        best,
-    )
+    keys = product(grids, range(reported))
+    found = search({(name, k): [(s, k) for s in grids[name]] for name, k in keys}, run, best)
     records = {}
     for name, grid in grids.items():
         chosen = [found.chosen[name, k] for k in range(reported)]
-        of_folds = [found.final[pair][0] for pair in chosen]
         records[f"{text}, {flip:g}, {name}"] = {
             **{"table": text, "share": share, "flipped": flip},
             **{"loss": grid[0].loss, "method": grid[0].method},
-            **{key: [run[key] for run in of_folds] for key in of_folds[0]},
+            **report.stack([found.final[pair] for pair in chosen]),
             "chosen": [[*s.rule[:2], s.learning_rate, s.weight_decay] for s, _ in chosen],
         }
     return records
@@ -449,10 +405,8 @@ def of_tables(records: list[dict[str, Any]], measure: str) -> np.ndarray:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """Means over tables; of the difference from SGD, paired by table, ± the standard error."""
-    figures = [(name, "over SGD") for name in ("balanced accuracy", "average precision", "worst")]
-    rows = [
-        ("flipped", "loss", "method", *itertools.chain(*figures), "next to a guess", "one class")
-    ]
+    figures = "balanced accuracy", "over SGD", "average precision", "over SGD", "worst", "over SGD"
+    rows = [("flipped", "loss", "method", *figures, "next to a guess", "one class")]
     for (flip, loss, method), found in grouped(results, "flipped", "loss", "method").items():
         if method == "SGD":
             plain = found
@@ -462,7 +416,7 @@ def summary(results: list[dict[str, Any]]) -> str:
             row += [f"{x.mean():.1f}", "" if found is plain else report.difference(x, y)]
         for name in ("near_guess", "one_class"):
             runs = np.concatenate([record[name] for record in found])
-            row.append(f"{runs.sum()} of {len(runs)}")
+            row.append(report.share(runs))
         rows.append(tuple(row))
     return report.markdown(rows)
 
@@ -478,8 +432,7 @@ def by_table(results: list[dict[str, Any]]) -> str:
             plain, *others = (np.array(record["balanced"]) for record in found)
             cells = [f"{np.mean(x - plain):+.1f}" for x in others]
             share = f"{100 * found[0]['share']:.1f} %"
-            row = (text, f"{flip:g}", share, loss, report.mean_std(plain, ".1f"), *cells)
-            rows.append(row)
+            rows.append((text, f"{flip:g}", share, loss, report.mean_std(plain, ".1f"), *cells))
         parts += [report.markdown(rows)] if len(rows) > 1 else []
     return "\n\n".join(parts)
 
@@ -530,7 +483,7 @@ def main() -> None:
     with config.refusing():
         for text, flip in parts:
             table = load(text, c.data_dir)
-            jobs.append((text, flip, table, *make_folds(c, text, table, flip)))
+            jobs.append((text, flip, table, make_folds(c, text, table, flip)))
     results: dict[str, dict[str, Any]] = {}
     with report.folder(c):
         for job in tqdm(jobs, unit="table"):

@@ -6,6 +6,7 @@ import pickle
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +73,15 @@ def check(train: Split, test: Split) -> None:
             "The labels of both splits must be 0, 1 and so on, and two at least, got "
             f"{classes[0]} and {classes[1]} to test."
         )
+
+
+def features(columns: Iterable[tuple[Sequence[Any], bool]]) -> np.ndarray:
+    """Of columns of text, [N, D]: one that is nominal becomes one of 0 and 1 a value."""
+    parts = (
+        np.array(x)[:, None] == np.unique(x) if nominal else np.array(x, float)[:, None]
+        for x, nominal in columns
+    )
+    return np.concatenate(list(parts), axis=1, dtype=float)
 
 
 def _find(folder: pathlib.Path, pattern: str) -> pathlib.Path:

@@ -4,11 +4,12 @@ They are pairs of a kernel and a bias, with a ReLU between.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from absgd_jax import Sums
@@ -28,6 +29,26 @@ def predict(layers: Layers, x: jax.Array) -> jax.Array:
     for w, b in hidden:
         x = jax.nn.relu(x @ w + b)
     return x @ kernel + bias
+
+
+def batches(rng: np.random.Generator, rows: np.ndarray, steps: int, size: int) -> np.ndarray:
+    """Rows at random, [steps, size]: all of them come once before one comes again."""
+    orders = [rng.permutation(rows) for _ in range(-(-steps * size // len(rows)))]
+    return np.int32(np.concatenate(orders)[: steps * size].reshape(steps, size))
+
+
+def train_in_parts(
+    train: Callable[[Any], tuple[jax.Array, jax.Array]], runs: Sequence[Any], size: int
+) -> Iterator[tuple[np.ndarray, bool]]:
+    """What ``train`` makes of each run, from so many of them stacked.
+
+    The last ones are filled up, so that one compilation serves all.
+    """
+    for at in range(0, len(runs), size):
+        part = runs[at : at + size]
+        filled = (part[i % len(part)] for i in range(size))
+        outputs, finite = jax.device_get(train(jax.tree.map(lambda *x: np.stack(x), *filled)))
+        yield from zip(outputs[: len(part)], finite[: len(part)].tolist(), strict=True)
 
 
 def learn(

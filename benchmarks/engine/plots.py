@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -30,6 +31,29 @@ def save(figure: Figure, path: pathlib.Path) -> None:
     plt.close(figure)
 
 
+def dots(panels: dict[str, dict[tuple[str, str], np.ndarray]], path: pathlib.Path) -> None:
+    """A dot a seed, and a line at their mean: a row for each first name, a colour for each second.
+
+    A panel has the figures of the seeds by both names.
+    """
+    figures = next(iter(panels.values()))
+    names, forms = (list(dict.fromkeys(column)) for column in zip(*figures, strict=True))
+    size = 1.5 + 3.5 * len(panels), 1.2 + 0.2 * len(names) * max(2, len(forms) - 1)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for part, (title, figures) in zip(axes[0], panels.items(), strict=True):
+        for (name, form), x in figures.items():
+            i = forms.index(form)
+            y = names.index(name) + (i - (len(forms) - 1) / 2) * 0.8 / len(forms)
+            part.scatter(x, np.full(len(x), y), 9, f"C{i}", linewidths=0, alpha=0.6)
+            part.scatter(x.mean(), y, 90, f"C{i}", marker="|")
+        part.set_xlabel(title)
+    axes[0, 0].set_yticks(range(len(names)), names)
+    axes[0, 0].invert_yaxis()
+    handles = [Line2D([], [], color=f"C{i}", marker="o", lw=0) for i in range(len(forms))]
+    figure.legend(handles, forms, loc="outside upper center", ncols=3)
+    save(figure, path)
+
+
 def by_panel(
     panels: dict[str, list[Any]],
     draw: Callable[[Axes, Any, dict[str, Any]], None],
@@ -46,14 +70,8 @@ def by_panel(
     """
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure, grid = plt.subplots(
-        rows,
-        columns,
-        figsize=(2.2 + 2.6 * columns, 0.8 + 2.2 * rows),
-        sharex=True,
-        sharey=True,
-        squeeze=False,
-    )
+    size, shared = (2.2 + 2.6 * columns, 0.8 + 2.2 * rows), dict(sharex=True, sharey=True)
+    figure, grid = plt.subplots(rows, columns, figsize=size, squeeze=False, **shared)
     styles = {
         "SGD": {"ls": "--", "lw": 1.0},
         "ABSGD": {"ls": "-", "lw": 1.8},

@@ -44,6 +44,20 @@ def difference(x: np.ndarray, y: np.ndarray, digits: str = ".1f") -> str:
     return f"{np.mean(x - y):+{digits}} ± {error:{digits}}"
 
 
+def against(x: np.ndarray, *others: np.ndarray) -> list[str]:
+    """Mean and standard deviation, and the difference from each of the others that is not ``x``."""
+    return [mean_std(x, ".1f"), *("" if y is x else difference(x, y) for y in others)]
+
+
+def share(which: np.ndarray) -> str:
+    """How many of how many."""
+    return f"{which.sum()} of {len(which)}"
+
+
+def stack(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    return {k: np.stack([record[k] for record in records]) for k in records[0]}
+
+
 def cpus() -> int:
     """Those that this process may use; on macOS and Windows those that there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,18 +30,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from absgd_jax import absgd, diagnostics, get_temperature, target_ess, tilt, two_stage
+from benchmarks.engine import config as configuration
 from benchmarks.engine import models, report
-from benchmarks.engine.config import (
-    ABOVE_0,
-    BELOW_1,
-    fail,
-    FROM_0,
-    FROM_1,
-    NOT_NEGATIVE,
-    OR_NONE,
-    SHARE,
-)
-from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine.config import ABOVE_0, BELOW_1, FROM_0, FROM_1, NOT_NEGATIVE, OR_NONE, SHARE
 from benchmarks.engine.methods import Batch, Method, Parts
 
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
@@ -56,7 +47,7 @@ History = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(configuration.Config):
     """How models are trained."""
 
     resume: bool = False  # go on with what --out holds
@@ -387,7 +378,7 @@ def compile_program(config: Config, program: Program) -> Compiled:
         for i in range(batches[0].shape[1]):
             state, record = step(state, runs, images, batches, i)
             records.append(record)
-        means = {k: x.mean(axis=0) for k, x in stack(jax.device_get(records)).items()}
+        means = {k: x.mean(axis=0) for k, x in report.stack(jax.device_get(records)).items()}
         return state, {"accuracy": accuracy(state, runs, images), **means}
 
     epoch = of_runs(functools.partial(run_epoch, program), (0, 0, None, None), donate_argnums=0)
@@ -420,7 +411,8 @@ def train(
             bar.update(config.epochs)
         else:
             if folder.exists() and not config.resume:
-                fail(f"{folder} is in the way, and not of this run: move it, or name another --out")
+                told = "is in the way, and not of this run: move it, or name another --out"
+                configuration.fail(f"{folder} {told}")
             part = jax.tree.map(lambda *x: np.stack(x), *runs[i : i + config.runs_at_once])
             part = jax.device_put(part, sharding(config))
             options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
@@ -483,13 +475,13 @@ def train_part(
         log(config, f"{name}, epoch {epoch + 1} of {config.epochs}", record["accuracy"])
         stopping = stop.is_set()
         if stopping or time.monotonic() - saved >= config.checkpoint_every:
-            tree = {"state": jax.tree.leaves(state), "history": stack(history)}
+            tree = {"state": jax.tree.leaves(state), "history": report.stack(history)}
             save(checkpoints, epoch + 1, tree)
             saved = time.monotonic()
         if stopping:
             raise KeyboardInterrupt
     outcome = program(config.frozen(config.epochs - 1)).outcome(state, runs, images)
-    return jax.device_get(outcome) | stack(history)
+    return jax.device_get(outcome) | report.stack(history)
 
 
 def log(config: Config, event: str, accuracy: np.ndarray) -> None:
@@ -499,7 +491,3 @@ def log(config: Config, event: str, accuracy: np.ndarray) -> None:
     with (config.out / "log.txt").open("a", encoding="utf-8") as file:
         now = datetime.datetime.now()
         print(f"{now:%Y-%m-%d %H:%M:%S} {event}, accuracies of the runs: {line}", file=file)
-
-
-def stack(records: list[History]) -> History:
-    return {k: np.stack([record[k] for record in records]) for k in records[0]}

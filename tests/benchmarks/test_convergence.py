@@ -3,13 +3,12 @@
 import sys
 
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 from benchmarks import convergence
-from tests.support.commands import load
+from tests.support.commands import rows
 
 
 def some_digits(return_X_y):
@@ -19,27 +18,24 @@ def some_digits(return_X_y):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch, x64, users_promotion):
+def run(start, monkeypatch, x64, users_promotion):
     monkeypatch.setattr(convergence, "load_digits", some_digits)
 
     def run(options):
-        argv = ["convergence", "--batch-sizes", "32", "--seeds", "2", "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", argv + options.split())
-        convergence.main()
-        assert matplotlib.image.imread(tmp_path / "convergence.png").std() > 0.03
-        return list(load(tmp_path).values()), (tmp_path / "table.md").read_text()
+        results, table, printed = start(convergence, f"--batch-sizes 32 --seeds 2 {options}")
+        assert printed.strip() in table
+        return list(results.values()), rows(table)
 
     return run
 
 
-def test_gap_closes(run, capsys):
+def test_gap_closes(run):
     results, table = run("--temperatures -1.5 --steps 100 1000")
     setting = [(r["steps"], r["gamma"]) for r in results]
     assert setting == [(100, 1), (100, 0.1), (1000, 1), (1000, 0.1)]
     gaps = [np.mean(r["gap"]) for r in results]
     assert max(gaps[2:]) < 3e-3 < 1e-2 < min(gaps[:2])
-    assert capsys.readouterr().out.strip() in table
-    assert table.count("| 0 of 2   |") == 4
+    assert [row[-1] for row in table] == 4 * ["0 of 2"]
 
 
 def test_diverged(run, monkeypatch):
@@ -52,7 +48,7 @@ def test_diverged(run, monkeypatch):
     monkeypatch.setattr(convergence, "train", train)
     results, table = run("--temperatures 1 --steps 10 20 30")
     assert [r["diverged"] for r in results] == [0, 0, 2, 2, 2, 2]
-    assert [line.split("|")[-2].strip() for line in table.splitlines()[-2:]] == 2 * ["2 of 2"]
+    assert [row[-1] for row in table[-2:]] == 2 * ["2 of 2"]
     results, _ = run("--temperatures 1 --steps 30")
     assert [r["gap"] for r in results] == 2 * [[None, None]]
 
@@ -80,13 +76,8 @@ class TestStationaryPoint:
         assert "--temperatures 0.01 can't be solved" in error
         assert "--weight-decay 1e-300: name a λ further from 0" in error
 
-
-def test_no_solution_writes_nothing(tmp_path, monkeypatch, x64):
-    def fail(*_):
-        raise SystemExit(2)
-
-    monkeypatch.setattr(convergence, "stationary_point", fail)
-    monkeypatch.setattr(sys, "argv", ["convergence", "--out", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="2"):
-        convergence.main()
-    assert not (tmp_path / "out").exists()
+    def test_no_solution_writes_nothing(self, start, tmp_path, monkeypatch):
+        monkeypatch.setattr(convergence, "stationary_point", lambda *_: sys.exit(2))
+        with pytest.raises(SystemExit, match="2"):
+            start(convergence, out=tmp_path / "out")
+        assert not (tmp_path / "out").exists()

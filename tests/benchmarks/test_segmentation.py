@@ -1,11 +1,9 @@
 """Scenes are as is said, measures and weights are NumPy's, and the table is the results."""
 
 import dataclasses
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import optax
 import pytest
@@ -14,7 +12,7 @@ from flax import nnx
 from benchmarks import segmentation
 from benchmarks.engine.datasets import Split
 from benchmarks.segmentation import Config, Setting
-from tests.support.commands import load
+from tests.support.commands import difference, mean_std, rows
 
 pytestmark = pytest.mark.usefixtures("users_promotion")
 
@@ -58,32 +56,22 @@ class TestScenes:
         """No image serves both purposes, and a search sees nothing of the test split."""
         images, labels = np.arange(120, dtype=np.uint8).reshape(-1, 1, 1, 1), np.arange(120) % 3
         train, test = Split(images[:90], labels[:90]), Split(images[90:], labels[90:])
-        monkeypatch.setattr(segmentation, "make_scenes", lambda *args: args[1:])
+        scenes = segmentation.Scenes
+        monkeypatch.setattr(segmentation, "make_scene", lambda rng, *scene: scenes(*scene))
         config, rare = Config(scenes=8, evaluated=3, objects=5), set()
         for seed in (0, 1, 2, 3, 1000):
             drawn = segmentation.draw(config, train, test, seed)
-            (seen, counts, _), (held_out, equal, _) = drawn.train, drawn.evaluation
-            assert counts.sum() == 40 == drawn.counts.sum()
-            np.testing.assert_array_equal(equal, 5)
-            ids = seen.images.ravel(), held_out.images.ravel()
-            assert not np.intersect1d(*ids).size
-            assert (max(map(max, ids)) < 90) == (seed >= 1000)
+            assert (drawn.train.labels.shape, drawn.evaluation.labels.shape) == ((8, 5), (3, 5))
+            (seen, ranks), (held_out, equal) = (map(np.ravel, s) for s in drawn[:2])
+            np.testing.assert_array_equal(np.bincount(ranks), [0, *drawn.counts])
+            np.testing.assert_array_equal(np.bincount(equal), [0, 5, 5, 5])
+            assert not np.intersect1d(seen, held_out).size
+            assert (max(*seen, *held_out) < 90) == (seed >= 1000)
             # A class has one rank in both.
-            both = np.concatenate(ids) % 3, np.concatenate([seen.labels, held_out.labels])
-            ranks = {*zip(*both, strict=True)}
-            assert len(ranks) == 3
-            rare |= {k for k, rank in ranks if rank == 3}
+            pairs = {*zip(seen % 3, ranks, strict=True), *zip(held_out % 3, equal, strict=True)}
+            assert len(pairs) == 3
+            rare |= {k for k, rank in pairs if rank == 3}
         assert len(rare) > 1
-
-    def test_make_scenes(self, monkeypatch):
-        def make_scene(rng, images, labels):
-            return segmentation.Scenes(images, labels)
-
-        monkeypatch.setattr(segmentation, "make_scene", make_scene)
-        data = self.data._replace(labels=self.labels + 1)
-        made = segmentation.make_scenes(np.random.default_rng(0), data, np.array([50, 8, 2]), 5)
-        assert made.labels.shape == (12, 5)
-        np.testing.assert_array_equal(np.bincount(made.labels.ravel()), [0, 50, 8, 2])
 
 
 def test_losses():
@@ -188,8 +176,8 @@ GRIDS = "--learning-rates 0.1 0.7 0.3 --pixel-temperatures 5 9 0.5:ess0.9 --scen
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch):
-    """A benchmark whose runs are right at the share of the pixels that their setting says."""
+def run(start, monkeypatch):
+    """The benchmark, whose runs are right at the share of the pixels that their setting says."""
     trained = []
 
     def train(config, setting, seed, drawn):
@@ -203,21 +191,16 @@ def start(tmp_path, monkeypatch):
         predicted = np.zeros((1, 64, 64), np.int8)
         return {"mean_loss": np.ones(2), "confusion": pixels + noise, "predicted": predicted}
 
-    def start(options):
-        argv = ["segmentation", *SMALL.split(), *GRIDS.split(), "--out", str(tmp_path)]
-        monkeypatch.setattr(sys, "argv", argv + options.split())
-        segmentation.main()
-
     monkeypatch.setattr(segmentation, "train", train)
-    return start, trained
+    return lambda options: start(segmentation, f"{SMALL} {GRIDS} {options}"), trained
 
 
-def test_table(start, tmp_path, capsys):
+def test_table(run):
     """Cut off and resumed, its figures are those of the results, in the settings chosen."""
-    start, trained = start
+    run, trained = run
     with pytest.raises(KeyboardInterrupt):
-        start("")
-    start("--resume")
+        run("")
+    results, table, printed = run("--resume")
     assert len(trained) == len(set(trained)) + 1
     settings = {s for s, seed in trained if seed < 1000}
     assert {seed for s, seed in trained} == {0, 1, 1000, 1001}
@@ -225,30 +208,19 @@ def test_table(start, tmp_path, capsys):
         *(("pixel", "inf", 0.7), ("pixel", "5", 0.7), ("pixel", "0.5:ess0.9", 0.7)),
         ("scene", "2", 0.7),
     }
-    results, table = load(tmp_path), (tmp_path / "table.md").read_text()
-    assert capsys.readouterr().out.strip() in table
+    assert printed.strip() in table
     assert all(r["mean"] for r in results.pop("validation"))
     assert len(results) == 8
-    lines = [line for line in table.splitlines() if line.startswith("| ")][2:]
     first = next(iter(results.values()))
-    for line, record in zip(lines, results.values(), strict=True):
-        loss, _, rate, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    for (loss, _, rate, *cells), record in zip(rows(table), results.values(), strict=True):
         setting = Setting(**record["setting"])
         assert (loss, float(rate)) == (setting.loss, setting.learning_rate)
-        plain = results[f"{loss}, λ = ∞"]
-        for name, at in (("mean", 0), ("rare", 3)):
-            x = np.array(record[name])
-            assert cells[at] == f"{x.mean():.1f} ± {x.std(ddof=1):.1f}"
-            for i, other in ((at + 1, first), (at + 2, plain)):
-                gain = np.subtract(record[name], other[name])
-                error = gain.std(ddof=1) / 2**0.5
-                assert cells[i] == ("" if record is other else f"{gain.mean():+.1f} ± {error:.1f}")
-        for i, name in enumerate(("background", "balanced", "pixels"), 6):
-            x = np.array(record[name])
-            assert cells[i] == f"{x.mean():.1f} ± {x.std(ddof=1):.1f}"
-        assert cells[9] == "0 of 2"
-    for name in ("iou", "scenes"):
-        assert matplotlib.image.imread(tmp_path / f"{name}.png").std() > 0.03
+        expected, plain = [], results[f"{loss}, λ = ∞"]
+        for name in ("mean", "rare"):
+            expected.append(mean_std(record[name]))
+            expected += [difference(record[name], other[name]) for other in (first, plain)]
+        expected += [mean_std(record[name]) for name in ("background", "balanced", "pixels")]
+        assert cells == [*expected, "0 of 2"]
 
 
 @pytest.mark.parametrize(
@@ -258,9 +230,9 @@ def test_table(start, tmp_path, capsys):
         ("--evaluated 1 --objects 9", "--scenes and --evaluated must hold 10 objects, got 9"),
     ],
 )
-def test_bad_input(start, options, message, capsys):
+def test_bad_input(run, options, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        start[0](options)
+        run[0](options)
     assert message in " ".join(capsys.readouterr().err.split())
 
 

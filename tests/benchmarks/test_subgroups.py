@@ -1,10 +1,6 @@
 """Rare subclasses: the split is what is said, weights are NumPy's, and the table is the results."""
 
-import re
-import sys
-
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 
@@ -12,7 +8,7 @@ from absgd_jax import scale_by_attention, tilt
 from benchmarks import subgroups
 from benchmarks.engine.methods import Batch, Parts
 from benchmarks.subgroups import Setting
-from tests.support.commands import load
+from tests.support.commands import difference, mean_std, rows
 
 LOSSES = np.float32([0.1, 2.0, 0.7, 0.3, 1.1, 0.0, 0.2, 5.0])
 
@@ -83,7 +79,7 @@ def test_weights():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
-def test_benchmark(tmp_path, monkeypatch, capsys):
+def test_benchmark(monkeypatch, start):
     grids = {"CVaR": ("0.5",), "JTT": ("0.5:1", "0.5:5"), "early weights": ("0.5:0.5",)}
     grids |= {"subclass weights": ("",), "group DRO": ("0",)}
     monkeypatch.setattr(subgroups, "GRIDS", grids)
@@ -100,19 +96,11 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(subgroups.WEIGHTS, "early weights", early)
     monkeypatch.setattr(subgroups, "train_each", train_each)
     options = "--model linear --temperatures --epochs 4 --learning-rates 0.03 1e-6 --search-seeds 1"
-    command = f"subgroups --seeds 2 --batch-size 256 {options} --out {tmp_path}"
-    monkeypatch.setattr(sys, "argv", command.split())
-    subgroups.main()
+    results, table, printed = start(subgroups, f"--seeds 2 --batch-size 256 {options}")
 
     found = searched[0]
-    sgd, again, other = (
-        found[setting]
-        for setting in (
-            Setting("SGD", "inf", 0.03),
-            Setting("JTT", "0.5:1", 0.03),
-            Setting("JTT", "0.5:5", 0.03),
-        )
-    )
+    settings = ("SGD", "inf"), ("JTT", "0.5:1"), ("JTT", "0.5:5")
+    sgd, again, other = (found[Setting(*setting, 0.03)] for setting in settings)
     # A k of 1 is SGD again, and group DRO with a rate of 0 is weights by the subclass.
     np.testing.assert_allclose(again.losses, sgd.losses, rtol=1e-4)
     assert not np.allclose(other.losses, sgd.losses, rtol=0.01)
@@ -123,30 +111,20 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
     assert losses.mean() < still.mean()
     assert wrong.mean() < guessed.mean()
 
-    results, table = load(tmp_path), (tmp_path / "table.md").read_text()
-    assert capsys.readouterr().out.strip() in table
+    assert printed.strip() in table
     validation = results.pop("validation")
     assert len(results) == 12
-    lines = [line for line in table.splitlines() if line.startswith("| ")]
-    lines = iter([line for line in lines if not line.startswith(("| method", "| ---"))])
-    for record in results.values():
+    for row, record in zip(rows(table), results.values(), strict=True):
         setting, rule = record["setting"], record["rule"]
         of_method = {k: x for k, x in validation.items() if k.startswith(setting["method"])}
         chosen = max((k for k in of_method if k.endswith(f", {rule}")), key=of_method.get)
         assert chosen == f"{' '.join(map(str, setting.values()))}, {rule}"
         accuracy = np.array(record["accuracy"])
-        if setting["method"] == "SGD":
-            sgd = accuracy
+        sgd = accuracy if setting["method"] == "SGD" else sgd
         cells = []
         for part in (slice(None), slice(1, None, 2)):
-            x, gain = (a[:, part].mean(axis=1) for a in (accuracy, accuracy - sgd))
-            error = gain.std(ddof=1) / 2**0.5
-            cells.append(f"{x.mean():.1f} ± {x.std(ddof=1):.1f}")
-            cells.append("" if accuracy is sgd else f"{gain.mean():+.1f} ± {error:.1f}")
-        stopped = np.array(record["stopped"])[:, 1::2].mean(axis=1)
-        cells.append(f"{stopped.mean():.1f} ± {stopped.std(ddof=1):.1f}")
-        row = [setting["method"], f"{setting['learning_rate']:g}", *cells]
-        found = re.split(r" *\| ?", next(lines))[1:]
-        assert [found[0], *found[2:8]] == row
-        assert found[8] == f"{record['diverged']} of 2"
-    assert matplotlib.image.imread(tmp_path / "rare.png").std() > 0.05
+            x, y = (a[:, part].mean(axis=1) for a in (accuracy, sgd))
+            cells += [mean_std(x), "" if accuracy is sgd else difference(x, y)]
+        cells.append(mean_std(np.array(record["stopped"])[:, 1::2].mean(axis=1)))
+        assert [row[0], *row[2:8]] == [setting["method"], f"{setting['learning_rate']:g}", *cells]
+        assert row[8] == f"{record['diverged']} of 2"
