@@ -1,4 +1,4 @@
-"""Temperatures side by side, with every γ, learning rate and seed, in one compiled program.
+"""Temperatures side by side, with every learning rate and seed, in one compiled program.
 
     python -m benchmarks.sweep
 
@@ -8,7 +8,6 @@ for this is what λ may be chosen by.
 """
 
 import dataclasses
-import itertools
 import pathlib
 import time
 from typing import Annotated, Any
@@ -33,7 +32,7 @@ Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
 @dataclasses.dataclass(frozen=True)
 class Config(comparison.Config):
-    """Every temperature, γ, learning rate and seed."""
+    """Every temperature, learning rate and seed."""
 
     out: pathlib.Path = pathlib.Path("out/sweep")  # folder to write to
     # as in benchmarks.longtail, and with --noise as in benchmarks.noise
@@ -45,7 +44,6 @@ class Config(comparison.Config):
         *("0.5", "1", "1.5", "2", "3", "5", "10", "20"),
         *("ess0.9", "0.5:ess0.9"),
     )
-    gammas: Annotated[tuple[float, ...], ABOVE_0] = (0.9,)  # weights of the newest batch
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
     # wrong labels, in place of rare classes: symmetric, asymmetric or instance, and their share
     noise: Annotated[str | None, NOISE] = None
@@ -54,19 +52,10 @@ class Config(comparison.Config):
     timed: Annotated[int, FROM_0] = 16  # runs whose time is compared; 0 for none
 
     @property
-    def columns(self) -> list[tuple[float, float]]:
-        return list(itertools.product(self.learning_rates, self.gammas))
-
-    @property
-    def rows(self) -> list[str]:
-        return [SGD, *self.temperatures]
-
-    @property
-    def settings(self) -> list[Setting]:
-        """SGD at every rate, and every temperature with every rate and γ."""
-        sgd = [Setting(SGD, rate, self.gammas[0]) for rate in self.learning_rates]
-        pairs = itertools.product(self.temperatures, self.columns)
-        return sgd + [Setting(lam, *column) for lam, column in pairs]
+    def rows(self) -> dict[str, list[Setting]]:
+        """By λ, the settings of every rate."""
+        rates = self.learning_rates
+        return {x: [Setting(x, r, self.gamma) for r in rates] for x in (SGD, *self.temperatures)}
 
 
 def final_accuracy(trained: Trained) -> np.ndarray:
@@ -74,56 +63,39 @@ def final_accuracy(trained: Trained) -> np.ndarray:
     return 100 * trained.history["accuracy"][-1].mean(axis=-1)
 
 
-def name_of(config: Config, column: tuple[float, float]) -> str:
-    rate, gamma = column
-    return f"rate {rate:g}" + (f", γ {gamma:g}" if len(config.gammas) > 1 else "")
-
-
 def table(config: Config, results: dict[str, Swept]) -> list[tuple[str, ...]]:
-    """A row for each loss and λ, and in it each rate and γ."""
-    rows = [("loss", "λ", *(name_of(config, column) for column in config.columns), "diverged")]
+    """A row for each loss and λ, and in it each rate."""
+    rows = [("loss", "λ", *(f"rate {rate:g}" for rate in config.learning_rates), "diverged")]
     for loss, swept in results.items():
-        for lam in config.rows:
-            found = [swept.get(Setting(lam, *column)) for column in config.columns]
-            cells = [report.mean_std(final_accuracy(t), ".1f") if t else "" for t in found]
-            runs = [t for t in found if t]
-            diverged = sum(map(comparison.divergences, runs))
-            total = len(runs) * config.seeds
+        for lam, settings in config.rows.items():
+            found = [swept[setting] for setting in settings]
+            cells = (report.mean_std(final_accuracy(trained), ".1f") for trained in found)
+            diverged = sum(map(comparison.divergences, found))
+            total = len(found) * config.seeds
             rows.append((loss, comparison.in_words(lam), *cells, f"{diverged} of {total}"))
     return rows
 
 
 def plot(config: Config, results: dict[str, Swept]) -> None:
-    """A panel for each loss, rate and γ: λ to the right, seeds downwards, accuracy as colour."""
-    shape = len(results), len(config.columns)
+    """A panel for each loss and rate: λ to the right, seeds downwards, accuracy as colour."""
+    shape = len(results), len(config.learning_rates)
     names = list(map(comparison.in_words, config.rows))
-    figure, grid = plt.subplots(
-        *shape,
-        figsize=(
-            1.5 + (0.8 + 0.24 * len(names)) * shape[1],
-            1 + (0.5 + 0.16 * config.seeds) * shape[0],
-        ),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+    width, height = 0.8 + 0.24 * len(names), 0.5 + 0.16 * config.seeds
+    size, shared = (1.5 + width * shape[1], 1 + height * shape[0]), dict(sharex=True, sharey=True)
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, **shared)
     for (loss, swept), panels in zip(results.items(), grid, strict=True):
-        for column, axes in zip(config.columns, panels, strict=True):
-            # SGD has no γ, and stands beside all.
-            sgd = Setting(SGD, column[0], config.gammas[0])
-            found = [sgd, *(Setting(lam, *column) for lam in config.temperatures)]
-            accuracy = np.stack([final_accuracy(swept[setting]) for setting in found], axis=1)
+        for axes, settings in zip(panels, zip(*config.rows.values(), strict=True), strict=True):
+            accuracy = np.stack([final_accuracy(swept[setting]) for setting in settings], axis=1)
             image = axes.imshow(accuracy, aspect="auto", vmin=np.nanmax(accuracy) - 10)
             axes.grid(visible=False)
-            axes.set_title(f"{loss}, {name_of(config, column)}", fontsize="small")
+            axes.set_title(f"{loss}, rate {settings[0].learning_rate:g}", fontsize="small")
             axes.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
             axes.set_yticks([])
             figure.colorbar(image, ax=axes, extend="min")
     figure.supxlabel("λ")
     figure.supylabel("seed")
-    figure.suptitle(
-        "validation accuracy, %; colours end 10 points below the best", fontsize="small"
-    )
+    title = "validation accuracy, %; colours end 10 points below the best"
+    figure.suptitle(title, fontsize="small")
     plots.save(figure, config.out / "heatmap.png")
 
 
@@ -177,7 +149,8 @@ def main() -> None:
         groups = classes
     images = comparison.on_device(config, train, test)
 
-    programs = list(comparison.programs(config.settings).values())
+    settings = [setting for row in config.rows.values() for setting in row]
+    programs = list(comparison.programs(settings).values())
     seeds = range(SEARCH_SEED, SEARCH_SEED + config.seeds)
     results, times = {}, None
     sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
@@ -187,9 +160,8 @@ def main() -> None:
             if config.timed and times is None:
                 runs = comparison.make_runs(config, task, programs[0], seeds, draw)
                 times = compare_times(config, task, runs[: config.timed])
-            results[name] = comparison.train_each(
-                config, name, task, config.settings, seeds, draw, trainer
-            )
+            args = config, name, task, settings, seeds, draw, trainer
+            results[name] = comparison.train_each(*args)
             write(config, results, times)
 
 
