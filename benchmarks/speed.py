@@ -90,9 +90,7 @@ class Config(BaseConfig):
     seconds: Annotated[float, POSITIVE] = 0.5  # that one timing takes, about
     compilations: Annotated[int, FROM_1] = 5  # times that every form is compiled
     # numbers of losses, of growth
-    losses: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(
-        2**k for k in (10, 13, 16, 19, 22, 25)
-    )
+    losses: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(2**k for k in range(10, 26, 3))
     # numbers of parameters, of growth
     parameters: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(10**k for k in (5, 6, 7, 8))
     # numbers of devices, of growth; 1, 2, 4, 8 that there are, if not given
@@ -420,8 +418,7 @@ def write(config: Config, description: Record, found: dict[str, list[Record]]) -
         f"{config.batch_size}; n = {config.repeats} times, each over {config.seconds:g} s of "
         f"calls, and {config.compilations} compilations: median (quartiles)."
     ]
-    for part, records in found.items():
-        parts += [f"## {PARTS[part]}", table(records)]
+    parts += [f"## {PARTS[part]}\n\n{table(records)}" for part, records in found.items()]
     results = {f"{part}, {r['work']}, {r['step']}": r for part in found for r in found[part]}
     report.write(config.out, results, *parts)
     return "\n\n".join(parts)

@@ -25,16 +25,7 @@ from tqdm import tqdm
 from absgd_jax.data import class_counts
 from benchmarks.engine import config as configuration
 from benchmarks.engine import datasets, plots, report, training
-from benchmarks.engine.config import (
-    fail,
-    FROM_1,
-    INSIDE,
-    Must,
-    OR_NONE,
-    POSITIVE,
-    readable,
-    refusing,
-)
+from benchmarks.engine.config import fail, FROM_1, INSIDE, Must, OR_NONE, POSITIVE, refusing
 from benchmarks.engine.datasets import Split
 from benchmarks.engine.search import search, SEARCH_SEED, SEEDS, seeds_of
 from benchmarks.engine.training import Examples, Images, pick, Run, Task, Trained
@@ -42,13 +33,8 @@ from benchmarks.engine.training import Examples, Images, pick, Run, Task, Traine
 SGD = "inf"
 CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
-PAPERS = {
-    "model": "resnet32",
-    "epochs": 200,
-    "batch_size": 128,
-    "hidden": (256, 128),
-    "augment": True,
-}
+PAPERS = {"model": "resnet32", "epochs": 200, "batch_size": 128, "hidden": (256, 128)}
+PAPERS |= {"augment": True}
 
 # Of (seed, search): what a run trains on, what it is evaluated on, and a few examples of every
 # class under their right labels, for methods that have to be told.
@@ -83,7 +69,7 @@ def stages(temperature: str) -> list[tuple[float, float]]:
     ]
 
 
-@readable
+@configuration.readable
 def is_temperature(text: str) -> bool:
     starts, values = zip(*stages(text), strict=True)
     sizes = [abs(value) for value in values]
@@ -257,13 +243,7 @@ def class_accuracy(trained: Trained) -> np.ndarray:
 
 
 def compare(
-    config: Config,
-    name: str,
-    task: Task,
-    draw: Draw,
-    train: Train,
-    *,
-    choose: Callable[[dict[Setting, np.ndarray]], Setting] = most_accurate,
+    config: Config, name: str, task: Task, draw: Draw, train: Train, *, choose: Any = most_accurate
 ) -> list[Result]:
     """A loss with SGD, ABSGD, and ABSGD's automatic λ, each as the validation split chose.
 
@@ -316,13 +296,7 @@ def programs(settings: list[Setting]) -> dict[str, list[Setting]]:
 
 
 def train_each(
-    config: Config,
-    name: str,
-    task: Task,
-    settings: list[Setting],
-    seeds: range,
-    draw: Draw,
-    train: Train,
+    config: Config, name: str, task: Task, settings: Any, seeds: range, draw: Draw, train: Train
 ) -> dict[Setting, Trained]:
     """Trains each setting with each seed; those from SEARCH_SEED on are of the search."""
     found = {}
@@ -370,13 +344,10 @@ def make_runs(
 
 def row(result: Result, columns: list[np.ndarray]) -> tuple[str, ...]:
     """The setting, the columns as mean ± standard deviation, effective size and divergences."""
-    return (
-        str(result.setting),
-        f"{result.setting.learning_rate:g}",
-        *(report.mean_std(column, ".1f") for column in columns),
-        f"{result.trained.history['effective_sample_size'][-1].mean():.2f}",
-        f"{divergences(result.trained)} of {result.accuracy.shape[1]}",
-    )
+    size = result.trained.history["effective_sample_size"][-1].mean()
+    cells = (report.mean_std(column, ".1f") for column in columns)
+    failed = f"{divergences(result.trained)} of {result.accuracy.shape[1]}"
+    return str(result.setting), f"{result.setting.learning_rate:g}", *cells, f"{size:.2f}", failed
 
 
 def name_of(config: Config, result: Result) -> str:
@@ -409,6 +380,5 @@ def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None
         epochs = np.arange(1, len(lam) + 1)
         axes.plot(epochs, np.where(np.isfinite(lam), lam, np.nan), color="C0", **style)
 
-    plots.by_panel(
-        panels, draw, out / "temperature.png", x="epoch", y="|λ|", colors={}, scale="log"
-    )
+    path, style = out / "temperature.png", dict(x="epoch", y="|λ|", colors={}, scale="log")
+    plots.by_panel(panels, draw, path, **style)
