@@ -74,16 +74,12 @@ def write_cifar(folder, name, n=3):
 
 def test_digits():
     train, test = datasets.load("digits")
-    assert train.images.shape == (1397, 8, 8, 1)
-    assert test.images.shape == (400, 8, 8, 1)
-    assert train.images.dtype == np.uint8
-    assert train.images.max() == 16
+    assert (train.images.shape, test.images.shape) == ((1397, 8, 8, 1), (400, 8, 8, 1))
+    assert (train.images.dtype, train.images.max()) == (np.uint8, 16)
     # The images are all different, but for their order those of scikit-learn.
     every = np.concatenate([train.images, test.images]).reshape(1797, 64)
     reference, digits = load_digits(return_X_y=True)
-    known = {
-        image.astype(np.uint8).tobytes(): d for image, d in zip(reference, digits, strict=True)
-    }
+    known = dict(zip(map(np.ndarray.tobytes, reference.astype(np.uint8)), digits, strict=True))
     labels = np.concatenate([train.labels, test.labels])
     assert [known[image.tobytes()] for image in every] == labels.tolist()
     assert len(np.unique(every, axis=0)) == len(np.unique(reference, axis=0))
@@ -93,10 +89,9 @@ def test_digits():
 def test_idx(tmp_path, prefix):
     write_idx(tmp_path, prefix)
     train, test = datasets.load("idx", tmp_path)
-    np.testing.assert_array_equal(train.images, IMAGES[..., None])
-    np.testing.assert_array_equal(train.labels, LABELS)
-    np.testing.assert_array_equal(test.images, IMAGES[:2, ..., None])
-    np.testing.assert_array_equal(test.labels, LABELS[:2])
+    expected = IMAGES[..., None], LABELS, IMAGES[:2, ..., None], LABELS[:2]
+    for found, wanted in zip((*train, *test), expected, strict=True):
+        np.testing.assert_array_equal(found, wanted)
     assert train.labels.dtype == np.int32
 
 
@@ -111,14 +106,10 @@ def test_idx(tmp_path, prefix):
         lambda content: b"",
     ],
 )
-@pytest.mark.parametrize("zipped", [False, True])
-def test_damaged_idx(tmp_path, damage, zipped):
+def test_damaged_idx(tmp_path, damage):
     write_idx(tmp_path)
     path = tmp_path / "train-images-idx3-ubyte"
-    content = damage(path.read_bytes())
-    path.unlink()
-    path = path.with_name(path.name + ".gz" * zipped)
-    path.write_bytes(gzip.compress(content) if zipped else content)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ValueError, match=rf"{path.name} is damaged .* get it anew"):
         datasets.load("idx", tmp_path)
 
@@ -163,41 +154,31 @@ def test_damaged_cifar(tmp_path):
     path = tmp_path / "cifar-10-python.tar.gz"
     whole = path.read_bytes()
     middle = len(whole) // 2
-    for content in (
-        whole[:middle],
-        whole[:20],
-        b"",
-        b"no archive",
-        whole[:middle] + whole[middle + 9 :],
-    ):
+    hole = whole[:middle] + whole[middle + 9 :]
+    for content in (whole[:middle], whole[:20], b"", b"no archive", hole):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged .* get it anew"):
             datasets.load("cifar10", tmp_path)
-    batch = official_pickle({"data": np.zeros((2, 3000), np.uint8), "labels": [0, 1]})
-    for members in (
-        {},
-        {f"cifar-10-batches-py/{b}": batch for b in ("test_batch",)},
-        {f"cifar-10-batches-py/{b}": batch for b in (*(f"data_batch_{i}" for i in range(1, 6)),)},
-        {f"cifar-10-batches-py/data_batch_{i}": official_pickle([1, 2]) for i in range(1, 6)},
-    ):
-        write_archive(path, members)
+    of_train = [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)]
+    narrow = {"data": np.zeros((2, 3000), np.uint8), "labels": [0, 1]}
+    for batch in (narrow, [1, 2]):
+        write_archive(path, dict.fromkeys(of_train, official_pickle(batch)))
         with pytest.raises(ValueError, match=r"cifar-10-python.tar.gz is damaged"):
             datasets.load("cifar10", tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("name", "looked_for", "remedy"),
+    ("name", "message"),
     [
-        ("fashion-mnist", "train-images-idx3-ubyte", "apt-get install dataset-fashion-mnist"),
-        ("idx", "train-images-idx3-ubyte", "--data-dir"),
-        ("cifar10", "cifar-10-python.tar.gz", "--data-dir"),
-        ("cifar100", "cifar-100-python.tar.gz", "--data-dir"),
+        ("fashion-mnist", "train-images-idx3-ubyte.*apt-get install dataset-fashion-mnist"),
+        ("idx", "train-images-idx3-ubyte.*--data-dir"),
+        ("cifar10", "cifar-10-python.tar.gz.*--data-dir"),
+        ("cifar100", "cifar-100-python.tar.gz.*--data-dir"),
     ],
 )
-def test_missing(tmp_path, name, looked_for, remedy):
-    with pytest.raises(FileNotFoundError, match=remedy) as error:
+def test_missing(tmp_path, name, message):
+    with pytest.raises(FileNotFoundError, match=message) as error:
         datasets.load(name, tmp_path)
-    assert looked_for in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
@@ -216,12 +197,3 @@ def test_splits_that_do_not_belong_together(images, train, test, message):
     train, test = (np.array(labels, np.int32) for labels in (train, test))
     with pytest.raises(ValueError, match=message):
         datasets.check(datasets.Split(IMAGE[: len(train)], train), datasets.Split(images, test))
-
-
-def test_folder_in_the_place_of_a_file(tmp_path):
-    write_idx(tmp_path)
-    path = tmp_path / "train-images-idx3-ubyte"
-    path.unlink()
-    path.mkdir()
-    with pytest.raises(FileNotFoundError, match=r"looked for one file .*train-images"):
-        datasets.load("idx", tmp_path)

@@ -146,9 +146,6 @@ def test_interrupted(trainer, whole, tmp_path):
     code, error = trainer.run(out, resume=False)
     assert code == 2
     assert "add --resume" in error
-    code, error = trainer.run(out, "--gamma", "0.5")
-    assert code == 2
-    assert "got gamma 0.9, now 0.5" in error
 
     assert trainer.run(out)[0] == 0
     check(out, whole, 0)

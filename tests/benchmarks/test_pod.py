@@ -1,6 +1,7 @@
 """The step compiles for accelerators that aren't there, and its collectives are found."""
 
 import importlib.util
+import itertools
 
 import jax
 import pytest
@@ -43,15 +44,9 @@ ENTRY %main (x: bf16[8,4], w: bf16[4], c: f32[]) -> f32[] {
 QUICKLY = {"xla_backend_optimization_level": 0}  # which a module's text doesn't depend on
 
 
-def test_collectives_of_a_module():
-    assert hlo.collectives(HLO) == [
-        ("all-reduce", 4, True),
-        ("all-reduce", 8 * 2 + 1 + 2 * 4, False),
-        ("all-gather", 16 * 4, True),
-    ]
-
-
-def test_launches_of_a_module():
+def test_text_of_a_module():
+    awaited, other = ("all-reduce", 4, True), ("all-reduce", 8 * 2 + 1 + 2 * 4, False)
+    assert hlo.collectives(HLO) == [awaited, other, ("all-gather", 16 * 4, True)]
     assert hlo.launches(HLO) == 6  # two fusions, three collectives, and a call of cuBLAS
 
 
@@ -85,29 +80,32 @@ class TestStep:
         assert ("stablehlo.all_reduce" in exported.mlir_module()) == (form != "absgd")
 
 
+FORMS = "sgd_shard_map", "shard_map", "shard_map_automatic", "sgd", "absgd", "automatic"
+
+
+def run(out, topologies):
+    """Each result beside that of SGD, and the table."""
+    options = ["--models", "mlp", "--topologies", *topologies, "--forms", *FORMS[1:3], *FORMS[4:]]
+    done = commands.run("benchmarks.pod", "--out", out, *options)
+    assert done.returncode == 0, done.stderr_text
+    results, table = commands.load(out), (out / "table.md").read_text()
+    assert done.stdout_text.strip() in table
+    pairs = itertools.product(topologies, FORMS)
+    named = {(topology, form): f"mlp, {topology}, {form}" for topology, form in pairs}
+    assert list(results) == list(named.values())
+    for (topology, form), name in named.items():
+        found = results[name]["collectives"]
+        assert [(c["kind"], c["awaited"]) for c in found] == [("all-reduce", False)]
+        assert results[name]["devices"] == topologies[topology]
+        yield results[name], results[named[topology, steps.FORMS.get(form, form)]], table
+
+
 # The TPU's compiler comes with the extra "pod".
 if importlib.util.find_spec("libtpu"):
 
     def test_pod(tmp_path):
-        options = ["--models", "mlp", "--topologies", "v5e:4x4", "v5e:16x16"]
-        options += ["--forms", "shard_map", "shard_map_automatic", "absgd", "automatic"]
-        done = commands.run("benchmarks.pod", "--out", tmp_path, *options)
-        assert done.returncode == 0, done.stderr_text
-        table = (tmp_path / "table.md").read_text()
-        assert done.stdout_text.strip() in table
-        results = commands.load(tmp_path)
-        forms = ("sgd_shard_map", "shard_map", "shard_map_automatic", "sgd", "absgd", "automatic")
-        assert list(results) == [
-            f"mlp, {topology}, {form}" for topology in ("v5e:4x4", "v5e:16x16") for form in forms
-        ]
-        for result in results.values():
-            assert result["devices"] == {"v5e:4x4": 16, "v5e:16x16": 256}[result["topology"]]
-            found = result["collectives"]
-            assert {(c["kind"], c["awaited"]) for c in found} == {("all-reduce", False)}
-            assert len(found) == 1
-            if result["step"] in steps.FORMS:
-                beside = steps.FORMS[result["step"]]
-                sgd = results[f"mlp, {result['topology']}, {beside}"]
+        for result, sgd, table in run(tmp_path, {"v5e:4x4": 16, "v5e:16x16": 256}):
+            if result is not sgd:
                 # The scale is a scalar of all gradients, which no update can begin without.
                 assert result["memory"] - sgd["memory"] <= 2 * 2**20
                 # A product for each parameter, beside the two products for each example.
@@ -121,15 +119,6 @@ if importlib.util.find_spec("libtpu"):
 if importlib.util.find_spec("jax_cuda12_plugin"):
 
     def test_gpu(tmp_path):
-        options = ["--models", "mlp", "--topologies", "h100:1x8"]
-        options += ["--forms", "shard_map", "shard_map_automatic", "absgd", "automatic"]
-        done = commands.run("benchmarks.pod", "--out", tmp_path, *options)
-        assert done.returncode == 0, done.stderr_text
-        results = {result["step"]: result for result in commands.load(tmp_path).values()}
-        for form, result in results.items():
-            assert result["devices"] == 8
-            found = result["collectives"]
-            assert [(c["kind"], c["awaited"]) for c in found] == [("all-reduce", False)]
-            sgd = results[steps.FORMS.get(form, form)]
+        for result, sgd, _ in run(tmp_path, {"h100:1x8": 8}):
             assert result["launches"] - sgd["launches"] <= 10
             assert result["memory"] - sgd["memory"] <= 2**20

@@ -1,11 +1,9 @@
 """What a step of ABSGD costs by the compiler's count; what it is compared with is sound."""
 
 import functools
-import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
@@ -115,25 +113,11 @@ class TestMeta:
 
         return run(self.params, theta)
 
-    def clean_loss_ahead(self, weights):
-        """By NumPy: after a step of SGD on the weighted losses."""
-        x, y, _ = self.train
-        grads = 2 * (weights * (x @ self.params - y)) @ x
-        return np.mean(self.losses(self.params - steps.RATE * grads, self.clean))
-
-    @pytest.mark.parametrize("algorithm", [meta.l2rw, meta.l2rw_forward])
-    def test_l2rw(self, x64, algorithm):
-        slopes = np.array(
-            [
-                self.clean_loss_ahead(eps) - self.clean_loss_ahead(-eps)
-                for eps in 1e-3 * np.identity(8)
-            ]
-        )
-        expected = np.maximum(-slopes, 0)
+    def test_l2rw(self, x64):
+        """Backwards through the step as in forward mode, which test_methods has in NumPy."""
+        (weights, _), (expected, _) = (self.run(f, None) for f in (meta.l2rw, meta.l2rw_forward))
         assert 0 < np.sum(expected > 0) < 8
-        weights, theta = self.run(algorithm, None)
-        assert theta is None
-        np.testing.assert_allclose(weights, expected / expected.sum(), rtol=1e-6)
+        np.testing.assert_allclose(weights, expected, rtol=1e-10)
 
     @pytest.mark.parametrize("algorithm", [meta.l2rw, meta.l2rw_forward])
     def test_nothing_helps(self, x64, algorithm):
@@ -141,27 +125,6 @@ class TestMeta:
         clean = self.clean._replace(labels=self.clean.inputs @ self.params)
         weights, _ = self.run(algorithm, None, clean)
         np.testing.assert_array_equal(weights, np.zeros(8))
-
-    def test_meta_weight_net(self, x64):
-        theta = meta.init_weight_net(jax.random.key(0))
-        losses = self.losses(self.params, self.train)
-
-        def clean_loss(theta):
-            hidden = np.maximum(losses[:, None] * theta["w1"] + theta["b1"], 0)
-            weights = 1 / (1 + np.exp(-(hidden @ theta["w2"] + theta["b2"])[:, 0]))
-            return self.clean_loss_ahead(weights / 8), weights / 8
-
-        weights, new = self.run(meta.meta_weight_net, theta)
-        for name, index in (("w1", (0, 3)), ("b1", 5), ("w2", (7, 0)), ("b2", 0)):
-            ends = []
-            for sign in (1, -1):
-                moved = dict(theta)
-                moved[name] = moved[name].at[index].add(sign * 1e-3)
-                ends.append(clean_loss(moved)[0])
-            slope = (ends[0] - ends[1]) / 2e-3
-            step = (new[name] - theta[name])[index]
-            np.testing.assert_allclose(step, -meta.META_RATE * slope, rtol=1e-5, atol=1e-14)
-        np.testing.assert_allclose(weights, clean_loss(new)[1], rtol=1e-10)
 
     @pytest.mark.parametrize("name", meta.ALGORITHMS)
     def test_step(self, x64, name):
@@ -190,21 +153,17 @@ def test_cost_of_learnt_weights(name, least):
 
 def test_parameters_for_torch():
     """PyTorch has outputs first, images with channels first, and other names."""
-    network = nnx.eval_shape(
-        lambda: models.make_model("resnet32", (32, 32, 3), 10, rngs=nnx.Rngs(0))
-    )
-    params = jax.tree.map(
-        lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), nnx.state(network, nnx.Param)
-    )
+    make = functools.partial(models.make_model, "resnet32", (32, 32, 3), 10)
+    network = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
+    params = nnx.state(network, nnx.Param)
+    params = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape), params)
     arrays = speed.torch_parameters(params)
     assert len(arrays) == 1 + 2 + 15 * 2 * 3 + 2
     assert arrays["blocks.0.0.conv.weight"].shape == (16, 3, 3, 3)
     assert arrays["blocks.2.4.second.norm.bias"].shape == (32,)
     assert arrays["head.weight"].shape == (10, 64)
     kernel = params["blocks"][2]["layers"][0]["first"]["conv"]["kernel"][...]
-    np.testing.assert_array_equal(
-        arrays["blocks.2.0.first.conv.weight"][5, 3, 2, 1], kernel[2, 1, 3, 5]
-    )
+    assert arrays["blocks.2.0.first.conv.weight"][5, 3, 2, 1] == kernel[2, 1, 3, 5]
 
 
 def test_jobs():
@@ -244,27 +203,18 @@ def torch(tmp_path):
     return path
 
 
-def cells(table):
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-
-
 @pytest.mark.usefixtures("users_promotion")
-def test_speed(tmp_path, monkeypatch, capsys, torch):
+def test_speed(tmp_path, monkeypatch, start, torch):
     monkeypatch.delitem(speed.GROWING, "devices")
     options = "--parts sgd torch growth --forms absgd --models mlp --losses 1024 --parameters 10000"
     options += " --repeats 2 --seconds 1e-3 --compilations 1 --batch-size 8"
-    options += f" --torch-python {torch} --out {tmp_path / 'out'}"
-    monkeypatch.setattr(sys, "argv", ["speed", *options.split()])
     cached = jax.config.jax_enable_compilation_cache
-    speed.main()
+    results, table, printed = start(speed, f"{options} --torch-python {torch}", tmp_path / "out")
     jax.config.update("jax_enable_compilation_cache", cached)
-
-    table = (tmp_path / "out" / "table.md").read_text()
-    assert capsys.readouterr().out.strip() in table
+    assert printed.strip() in table
     assert f"jax {jax.__version__}" in table
     assert "n = 2 times" in table
-    rows = cells(table)
-    results = commands.load(tmp_path / "out")
+    rows = {tuple(row[:2]): row[2:] for row in commands.rows(table)}
     ours = "absgd_jax, an epoch a call"
     assert list(results) == [
         *(f"sgd, mlp, {form}" for form in ("sgd", "absgd")),
@@ -273,8 +223,8 @@ def test_speed(tmp_path, monkeypatch, capsys, torch):
         *(f"growth, 10,000 parameters, {name}" for name in ("traffic", "sgd", "absgd")),
     ]
     sgd, absgd = (results[f"sgd, mlp, {form}"] for form in ("sgd", "absgd"))
-    assert next(r for r in rows if r[:3] == ["mlp", "absgd", "sgd"])[3:7] == [
-        *(f"{absgd[k] / sgd[k]:.6f}" for k in ("flops", "bytes_accessed")),
+    assert rows["mlp", "absgd"][:5] == [
+        *("sgd", *(f"{absgd[k] / sgd[k]:.6f}" for k in ("flops", "bytes_accessed"))),
         f"{absgd['memory'] - sgd['memory']:+,}",
         "+16",
     ]
@@ -283,20 +233,17 @@ def test_speed(tmp_path, monkeypatch, capsys, torch):
     )
     assert eager["seconds"] == [123, 123]
     assert eager["images"] == here["images"]
-    beside, images, time, loss, _ = next(r for r in rows if r[:2] == ["mlp", "absgd, eager"])[2:]
+    beside, images, time, loss, _ = rows["mlp", "absgd, eager"]
     assert (beside, images, loss) == (ours, f"{eager['images'] / 123:,.0f}", "2.50000")
     expected = np.median(np.divide(123, here["seconds"]))  # whose digits are cut in the file
     np.testing.assert_allclose(float(time.split()[0]), expected, rtol=1e-4)
     assert "seconds" not in compiled
-    assert (
-        next(r for r in rows if r[:2] == ["mlp", "absgd, compiled"])[-1] == "No module named torch"
-    )
+    assert rows["mlp", "absgd, compiled"][-1] == "No module named torch"
     assert all(len(r["compilation"]) == 1 for r in (sgd, absgd))
-    assert all(
-        len(r["seconds"]) == 2 and min(r["seconds"]) > 0 for r in results.values() if "seconds" in r
-    )
-    for name in ("sgd", "torch", "growth"):
-        assert matplotlib.image.imread(tmp_path / "out" / f"{name}.png").std() > 0.05
+    times = [r["seconds"] for r in results.values() if "seconds" in r]
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times)
+    pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
+    assert pictures == {"sgd", "torch", "growth"}
 
 
 @pytest.mark.slow
