@@ -173,7 +173,15 @@ def draw_accuracy(axes: Axes, results: list[Result], classes: slice) -> None:
         label = f"{r.optimizer.split(',')[0]}, {r.loss}: {mean[-1]:.0f} %"
         axes.plot(epochs, mean, color=color, label=label)
         axes.fill_between(epochs, mean - std, mean + std, color=color, alpha=0.1, lw=0)
-    axes.set(xlabel="epoch", ylabel="test accuracy, %", xlim=(1, max(len(curve), 2)))
+    late = [accuracy(r, classes)[len(curve) // 2 :].mean(axis=1).min() for r in results]
+    low = 10 * np.floor(min(late) / 10) - 20  # all start from a guess
+    axes.set(
+        xlabel="epoch", ylabel="test accuracy, %", xlim=(1, max(len(curve), 2)), ylim=(low, 100)
+    )
+    start, lam = comparison.stages(results[-1].setting.temperature)[-1]
+    axes.axvline(start * len(curve), color=RED, ls=":", lw=1)
+    text = f" λ {'<' if lam < 0 else '>'} 0"
+    axes.text(start * len(curve), low, text, color=RED, va="bottom")
 
 
 def draw_regression(
@@ -184,16 +192,16 @@ def draw_regression(
     x, rows = table.x[:, 0], np.unique(sample.batches)
     y = sample.y * sample.spread + sample.center
     wrong = np.abs(y - table.y) > 1e-3
-    for part, color in ((~wrong, "#999999"), (wrong, "#E69F00")):
-        axes.scatter(x[rows][part[rows]], y[rows][part[rows]], 3, color, linewidths=0, alpha=0.5)
+    for part, marker in ((~wrong, "o"), (wrong, "+")):
+        axes.scatter(x[rows][part[rows]], y[rows][part[rows]], 4, "#bbbbbb", marker, linewidths=0.5)
     tested = x[sample.evaluation]
     order = np.argsort(tested)
     for method, of in high.items():
         loss, optimizer, color = REGRESSION[method]
         label = f"{optimizer.split(',')[0]}, {loss}: RMSE {of['rmse'].mean():.2f}"
         axes.plot(tested[order], of["predicted"][0][order], color=color, label=label)
-    axes.plot(tested[order], sample.truth[order], "k:", lw=1)
-    axes.set(xlabel="x", ylabel="y")
+    axes.plot(tested[order], sample.truth[order], "k:", lw=1, label="truth; crosses are too high")
+    axes.set(xlabel="x", ylabel="y", ylim=(-2, 4))
 
 
 def write(
@@ -237,9 +245,9 @@ def write(
 
     figure, grid = plt.subplots(1, 3, figsize=(12, 4))
     titles = (
-        "40 % of the labels wrong",
+        "40 % of the labels wrong, by the image",
         "40 % of the targets too high",
-        f"The {-few.start} rarest classes",
+        f"Rare classes: the {-few.start} rarest",
     )
     for axes, title in zip(grid, titles, strict=True):
         axes.set_title(title, loc="left")
