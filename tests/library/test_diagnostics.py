@@ -8,13 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from absgd_jax import absgd, AttentionState, diagnostics
-from absgd_jax.diagnostics import (
-    class_mass,
-    effective_sample_size,
-    kl_divergence,
-    largest_weight,
-    summary,
-)
+from absgd_jax.diagnostics import class_mass, effective_sample_size, kl_divergence, largest_weight
 from tests.support.attended import slopes_and_sums
 from tests.support.reference import divergences
 
@@ -57,7 +51,7 @@ def check(actual, lam, where=None):
 def summarize(losses, lam, **kwargs):
     lam, baseline = jnp.asarray(lam, jnp.float32), jnp.float32(BASELINE)
     state = AttentionState(jnp.int32(1), lam, baseline, jnp.int32(1))
-    return summary(losses, state, num_classes=3, **kwargs)
+    return diagnostics.summary(losses, state, num_classes=3, **kwargs)
 
 
 summarize_jit = jax.jit(summarize)

@@ -13,18 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from absgd_jax import (
-    absgd,
-    get_temperature,
-    scale_by_attention,
-    Sums,
-    tilt,
-    zero_sums,
-)
+from absgd_jax import absgd, get_temperature, scale_by_attention, Sums, tilt, zero_sums
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 8)).astype(np.float32) / 2
@@ -284,47 +276,23 @@ class TestOptimizers:
             chex.assert_trees_all_close(net_of(at), params, rtol=0, atol=1e-12, custom_message=form)
 
 
-def assert_trained(kernel, bias, lams=6 * [LAM]):
-    params = {"w": jnp.reshape(kernel, -1), "b": jnp.reshape(bias, ())}
-    plain = expected(lambda head: optax.chain(head, SGD), lams=lams)
-    chex.assert_trees_all_close(params, plain, rtol=1e-4)
-
-
-def nnx_model(temperature):
+def test_in_nnx_the_temperature_is_a_variable_to_be_set():
     model = nnx.Linear(8, 1, rngs=nnx.Rngs(0))
     model.kernel[...], model.bias[...] = PARAMS["w"][:, None], PARAMS["b"][None]
     optimizer = nnx.Optimizer(model, absgd(RATE, LAM, gamma=GAMMA), wrt=nnx.Param)
-    optimizer.opt_state[0].temperature[...] = jnp.asarray(temperature)
-    return model, optimizer
 
+    @nnx.jit
+    def step(model, optimizer):
+        def loss_fn(model, sums):
+            losses = jnp.square(model(X)[:, 0] - Y)
+            return tilt(losses, optimizer.opt_state, sums).mean()
 
-@nnx.jit
-def nnx_step(model, optimizer):
-    def loss_fn(model, sums):
-        losses = jnp.square(model(X)[:, 0] - Y)
-        return tilt(losses, optimizer.opt_state, sums).mean()
+        _, (grads, sums) = nnx.value_and_grad(loss_fn, argnums=(0, 1))(model, Sums())
+        optimizer.update(model, grads, sums=sums)
 
-    _, (grads, sums) = nnx.value_and_grad(loss_fn, argnums=(0, 1))(model, Sums())
-    optimizer.update(model, grads, sums=sums)
-
-
-class TestNNX:
-    def test_temperature_is_a_variable_to_be_set(self):
-        model, optimizer = nnx_model(LAM)
-        for lam in LAMS:
-            optimizer.opt_state[0].temperature[...] = jnp.float32(lam)
-            nnx_step(model, optimizer)
-        assert_trained(model.kernel[...], model.bias[...], LAMS)
-
-    def test_goes_on_from_orbax(self, tmp_path):
-        both, fresh = nnx_model(LAM), nnx_model(-1.0)
-        nnx_step(*both)
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(tmp_path / "state", nnx.state(both))
-            checkpointer.wait_until_finished()
-            nnx.update(fresh, checkpointer.restore(tmp_path / "state", nnx.state(fresh)))
-        for _ in range(5):
-            nnx_step(*fresh)
-        model, optimizer = fresh
-        assert_trained(model.kernel[...], model.bias[...])
-        assert optimizer.step[...] == 6
+    for lam in LAMS:
+        optimizer.opt_state[0].temperature[...] = jnp.float32(lam)
+        step(model, optimizer)
+    params = {"w": model.kernel[...].reshape(-1), "b": model.bias[...].reshape(())}
+    plain = expected(lambda head: optax.chain(head, SGD), lams=LAMS)
+    chex.assert_trees_all_close(params, plain, rtol=1e-4)

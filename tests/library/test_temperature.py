@@ -64,10 +64,6 @@ def scheduled(temperature, steps):
 class TestGiven:
     """Numbers, arrays and schedules."""
 
-    def test_schedule(self):
-        schedule = optax.linear_schedule(1.0, 4.0, 3)
-        np.testing.assert_allclose(scheduled(schedule, 5), [1, 2, 3, 4, 4])
-
     def test_loss_and_update_share_it(self):
         """Of one constant loss V is that loss at every temperature."""
         batches = np.full((10, 4), 4.0, np.float32)

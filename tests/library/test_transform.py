@@ -44,19 +44,12 @@ class TestChain:
     def test_is_plain_sgd_at_an_infinite_temperature(self):
         tx = absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2)
         plain = optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.05, 0.9, nesterov=True))
-        both = [(PARAMS, tx.init(PARAMS)), (PARAMS, plain.init(PARAMS))]
-
-        @jax.jit
-        def both_steps(ours, theirs):
-            params, opt_state = theirs
-            grads = jax.grad(loss_fn)(params, Sums(), ours[1])
-            updates, opt_state = plain.update(grads, opt_state, params)
-            return step(tx, *ours), (optax.apply_updates(params, updates), opt_state)
-
-        for _ in range(5):
-            both = both_steps(*both)
-        (params, _), (expected, _) = both
-        chex.assert_trees_all_close(params, expected, atol=1e-6)
+        state = tx.init(PARAMS)
+        ours, theirs = state, plain.init(PARAMS)
+        for _ in range(2):
+            updates, ours = tx.update(PARAMS, ours, PARAMS, sums=slopes_and_sums(Y, state)[1])
+            expected, theirs = plain.update(PARAMS, theirs, PARAMS)
+            chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
     @pytest.mark.parametrize("make", [absgd, abadam])
     def test_gradient_of_whole_steps(self, make, x64):
