@@ -29,10 +29,26 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from absgd_jax import absgd, diagnostics, get_temperature, target_ess, tilt, two_stage
+from absgd_jax import (
+    diagnostics,
+    get_temperature,
+    scale_by_attention,
+    target_ess,
+    tilt,
+    two_stage,
+)
 from benchmarks.engine import config as configuration
 from benchmarks.engine import models, report
-from benchmarks.engine.config import ABOVE_0, BELOW_1, FROM_0, FROM_1, NOT_NEGATIVE, OR_NONE, SHARE
+from benchmarks.engine.config import (
+    ABOVE_0,
+    BELOW_1,
+    FROM_0,
+    FROM_1,
+    NOT_NEGATIVE,
+    OR_NONE,
+    POSITIVE,
+    SHARE,
+)
 from benchmarks.engine.methods import Batch, Method, Parts
 
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
@@ -70,6 +86,9 @@ class Config(configuration.Config):
     momentum: Annotated[float, BELOW_1] = 0.9  # of SGD
     weight_decay: Annotated[float, NOT_NEGATIVE] = 2e-4  # L2 coefficient
     gamma: Annotated[float, ABOVE_0] = 0.9  # weight of the newest batch in ABSGD's average
+    # of λ > 0; if not given that of the temperature, 0 or 2
+    damping: Annotated[float | None, NOT_NEGATIVE] = None
+    clip: Annotated[float | None, POSITIVE] = None  # largest norm of the weighted gradients, if any
     # runs in one compiled program; if not given 1000, or 1 where there are convolutions, which are
     # slow side by side
     at_once: Annotated[int | None, FROM_1] = None
@@ -249,12 +268,11 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
         return two_stage(target_ess(run.ess, init_value=run.temperatures[-1]), starts[-1])
 
     def optimizer(run):
-        tx = absgd(
-            lambda count: run.learning_rate * rate(first + count),
-            temperature(run),
-            momentum=config.momentum,
-            weight_decay=config.weight_decay,
-            gamma=run.gamma,
+        tx = optax.chain(
+            scale_by_attention(temperature(run), gamma=run.gamma, damping=config.damping),
+            optax.clip_by_global_norm(config.clip) if config.clip else optax.identity(),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.sgd(lambda count: run.learning_rate * rate(first + count), config.momentum),
         )
         if not frozen:
             return tx
