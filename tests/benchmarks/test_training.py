@@ -75,7 +75,7 @@ def make_run(digits, seed=0, learning_rate=0.1, temperatures=(np.inf,), starts=(
     )
 
 
-def numpy_run(digits, run):
+def numpy_run(digits, run, damp=0.0, clip=np.inf):
     """A linear classifier trained by the published algorithm, in plain NumPy and float64."""
     train, test = digits
     mean, std = train.images.mean(), train.images.std()
@@ -107,13 +107,16 @@ def numpy_run(digits, run):
             # As in Adam, where λ is automatic; as published, where it is not.
             gamma = CONFIG.gamma if run.ess is None else reference.debiased(CONFIG.gamma, averaged)
             weights, baseline = reference.weigh(losses, baseline, lam, gamma)
-            shares, damping = weights / weights.sum(), 1.0
+            shares = weights / weights.sum()
+            damping = 1 + damp * np.sqrt(size * np.sum(shares**2) - 1)
             if run.ess is not None:
                 following, damping = reference.tune(losses, lam, ess=np.float64(run.ess))
                 if count + 1 >= run.starts[-1] * steps:
                     tuned = following
             grad_z = factor / damping * weights[:, None] * (p - np.eye(10)[y])
-            params = update(params, {"w": x.T @ grad_z, "b": grad_z.sum(axis=0)})
+            grads = {"w": x.T @ grad_z, "b": grad_z.sum(axis=0)}
+            norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+            params = update(params, {k: g * min(1, clip / norm) for k, g in grads.items()})
             odd = run.train.group[batch] == 1
             scalars = losses.mean(), 1 / (size * np.sum(shares**2)), lam, log_normalizer
             record.append((*scalars, shares[~odd].sum(), shares[odd].sum()))
@@ -131,25 +134,29 @@ SCALARS = "mean_loss", "effective_sample_size", "temperature", "log_normalizer"
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "guards"),
     [
         # An infinite λ from the start changes nothing: all runs have as many stages.
-        [
-            {"temperatures": (np.inf, np.inf), "starts": (0, 0), "learning_rate": 0.1},
-            {"temperatures": (np.inf, 5.0), "starts": (0, 0)},
-            {"temperatures": (8.0, 3.0), "starts": (1, 2), "learning_rate": 0.02},
-            {"temperatures": (np.inf, -4.0), "starts": (0, 1)},
-        ],
-        [{"ess": 0.6}, {"ess": 0.8, "temperatures": (-np.inf,), "starts": (1,)}],
+        (
+            [
+                {"temperatures": (np.inf, np.inf), "starts": (0, 0), "learning_rate": 0.1},
+                {"temperatures": (np.inf, 5.0), "starts": (0, 0)},
+                {"temperatures": (8.0, 3.0), "starts": (1, 2), "learning_rate": 0.02},
+                {"temperatures": (np.inf, -4.0), "starts": (0, 1)},
+            ],
+            {},
+        ),
+        ([{"ess": 0.6}, {"ess": 0.8, "temperatures": (-np.inf,), "starts": (1,)}], {}),
+        ([{"temperatures": (3.0,)}], {"damping": 2.0, "clip": 0.5}),
     ],
-    ids=["fixed", "automatic"],
+    ids=["fixed", "automatic", "guarded"],
 )
-def test_training_is_the_published_algorithm(tmp_path, digits, settings):
+def test_training_is_the_published_algorithm(tmp_path, digits, settings, guards):
     """Losses, weights, accuracies; stages, their steps, and the loss of the second stage."""
     runs = [make_run(digits, i, **{"learning_rate": 0.05} | s) for i, s in enumerate(settings)]
-    trained = fit(tmp_path, digits, runs)
+    trained = fit(tmp_path, digits, runs, **guards)
     for i, run in enumerate(runs):
-        history, losses, wrong = numpy_run(digits, run)
+        history, losses, wrong = numpy_run(digits, run, *guards.values())
         found = jax.tree.map(lambda x, i=i: x[:, i], trained.history)
         for name, column in zip(SCALARS, history.T, strict=False):
             np.testing.assert_allclose(found[name], column, rtol=1e-4, err_msg=name)
