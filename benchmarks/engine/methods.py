@@ -29,7 +29,7 @@ from benchmarks.engine.config import ABOVE_0, Must, NOT_NEGATIVE, POSITIVE, read
 from benchmarks.engine.losses import Loss, LOSSES
 
 TARGET_DECAY = 0.7  # of the moving average that elr keeps of an example's predictions
-TEACHER_DECAY = 0.997  # of the moving average that elr_teacher keeps of the parameters
+TEACHER = optax.ema(0.997)  # the moving average that elr_teacher keeps of the parameters
 TEACHER_BEGIN = 0.2  # share of the steps that elr_teacher takes before it regularises
 
 
@@ -131,22 +131,22 @@ def elr(coefficient: float = 3.0) -> Way:
     return Way(step, lambda params, examples, classes, groups: jnp.zeros((examples, classes)))
 
 
-def elr_teacher(coefficient: float = 2.0) -> Way:
-    """The memory is the teacher: the moving average of the parameters."""
+def elr_teacher(coefficient: float = 3.0) -> Way:
+    """The memory is that of the teacher, the moving average of the parameters."""
 
-    def step(parts, params, teacher, batch):
-        teacher = optax.incremental_update(params, teacher, 1 - TEACHER_DECAY)
+    def step(parts, params, memory, batch):
+        teacher, memory = TEACHER.update(params, memory)
         targets = jax.nn.softmax(parts.logits(teacher, batch.x)[0])
         pull = jnp.where(batch.progress < TEACHER_BEGIN, 0.0, coefficient)
 
         def loss_fn(params, sums):
             logits, other = parts.logits(params, batch.x)
             losses = parts.loss(logits, batch.y) + regulariser(logits, targets, pull)
-            return parts.mean(parts.tilt(losses, sums)), (losses, other, teacher)
+            return parts.mean(parts.tilt(losses, sums)), (losses, other, memory)
 
         return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
-    return Way(step, lambda params, examples, classes, groups: params)
+    return Way(step, lambda params, examples, classes, groups: TEACHER.init(params))
 
 
 def levels(losses: jax.Array, y: jax.Array, classes: int, temperature: jax.Array) -> jax.Array:

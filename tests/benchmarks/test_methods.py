@@ -42,7 +42,7 @@ def step(x64):
     clean = jnp.asarray(CLEAN_X), jnp.asarray(CLEAN_Y)
     batch = Batch(*arrays, clean, jax.random.key(3), rate=0.5, progress=0.0)
 
-    def step(way, memory=(), progress=0.0):
+    def step(way, memory=(), progress=0.0, params=PARAMS):
         """What it returns, and the loss, the batch being the above."""
 
         def run(params, memory, opt_state, progress):
@@ -60,7 +60,7 @@ def step(x64):
             return 2**20 * sums.level, each, memory, grads  # V being 0
 
         opt_state = scale_by_attention(jnp.inf).init(None)
-        return jax.jit(run)(jnp.asarray(PARAMS), memory, opt_state, progress)
+        return jax.jit(run)(jnp.asarray(params), memory, opt_state, progress)
 
     return step
 
@@ -92,10 +92,10 @@ def test_sam(step):
     np.testing.assert_allclose(grads, gradients(uphill).mean(axis=0))
 
 
-def check_slopes(grads, loss):
-    """Beside differences of the mean loss of parameters."""
-    for i in np.ndindex(PARAMS.shape):
-        ends = [PARAMS.copy(), PARAMS.copy()]
+def check_slopes(grads, loss, params=PARAMS):
+    """Beside differences of the mean loss."""
+    for i in np.ndindex(params.shape):
+        ends = [params.copy(), params.copy()]
         ends[0][i] -= 1e-6
         ends[1][i] += 1e-6
         low, high = (loss(end).mean() for end in ends)
@@ -119,19 +119,20 @@ def test_elr(step):
     check_slopes(grads, lambda params: regularised(params, targets, 2))
 
 
+@pytest.mark.usefixtures("users_promotion")
 def test_elr_teacher(step):
     """Before a fifth of the steps it is plain, while the teacher follows all along."""
     way = methods.elr_teacher(1.5)
-    teacher = RNG.normal(size=PARAMS.shape)
-    followed = 0.997 * teacher + 0.003 * PARAMS
-    targets = softmax(X @ followed)
-    for progress, coefficient in ((0.19, 0), (0.2, 1.5), (0.9, 1.5)):
-        value, each, new, grads = step(way, jnp.asarray(teacher), progress)
-        np.testing.assert_allclose(new, followed)
-        np.testing.assert_allclose(each, regularised(PARAMS, targets, coefficient))
+    memory, seen = way.init(jnp.asarray(PARAMS), 10, 4, 2), []
+    for progress, coefficient in ((0.0, 0), (0.19, 0), (0.2, 1.5), (0.9, 1.5)):
+        params = RNG.normal(size=PARAMS.shape)
+        seen.append(params)
+        value, each, memory, grads = step(way, memory, progress, params)
+        teacher = np.average(seen, axis=0, weights=0.997 ** np.arange(len(seen))[::-1])
+        targets = softmax(X @ teacher)
+        np.testing.assert_allclose(each, regularised(params, targets, coefficient))
         np.testing.assert_allclose(value, each.mean())
-        check_slopes(grads, lambda params, c=coefficient: regularised(params, targets, c))
-    np.testing.assert_array_equal(way.init(PARAMS, 10, 4, 2), PARAMS)
+        check_slopes(grads, lambda p, t=targets, c=coefficient: regularised(p, t, c), params)
 
 
 def test_learning_to_reweight(step):
