@@ -9,7 +9,8 @@ whole data set to the last digit,
 
 and ABSGD, which sees batches of n, is run for more and more steps. With γ = 1 there is no average:
 u is the batch's own mean of exp(l / λ), the weights of a batch always sum to 1, and the iterate
-ends at another point, the further away the smaller the batch.
+ends at another point, the further away the smaller the batch. --proximal adds SCENT's average, whose
+γ is a u / (1 + a u).
 """
 
 import dataclasses
@@ -36,6 +37,7 @@ from benchmarks.engine.config import (
     FINITE_TEMPERATURE,
     FROM_1,
     FROM_2,
+    OR_NONE,
     POSITIVE,
     read,
 )
@@ -57,6 +59,7 @@ class Config(BaseConfig):
     batch_sizes: Annotated[tuple[int, ...], FROM_1] = (8, 32)  # examples a step, n
     steps: Annotated[tuple[int, ...], FROM_1] = (1_000, 10_000, 100_000)  # lengths of runs
     gamma: Annotated[float, ABOVE_0] = 0.1  # beside which 1, no average, is run
+    proximal: Annotated[tuple[float, ...], POSITIVE, OR_NONE] = ()  # step sizes of SCENT's average
     learning_rate: Annotated[float, POSITIVE] = 0.05  # peak, after a warm-up; then a cosine
     weight_decay: Annotated[float, POSITIVE] = 1e-2  # L2 coefficient, μ
 
@@ -100,14 +103,19 @@ def stationary_point(temperature: float, weight_decay: float, data: Data) -> jax
 
 @functools.partial(jax.jit, static_argnames=("config", "n", "steps"))
 def train(
-    config: Config, n: int, steps: int, data: Data, temperature: float, gamma: Any, key: jax.Array
+    config: Config, n: int, steps: int, data: Data, temperature: float, rule: Any, key: jax.Array
 ) -> jax.Array:
-    """The last iterate of ABSGD on random batches of n."""
+    """The last iterate of ABSGD on random batches of n; the rule is γ, or -a of SCENT's."""
     rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
-    tx = absgd(rate, temperature, weight_decay=config.weight_decay, gamma=gamma, debias=True)
+
+    def optimizer(gamma):
+        return absgd(rate, temperature, weight_decay=config.weight_decay, gamma=gamma, debias=True)
 
     def step(carry, key):
         w, opt_state = carry
+        log_u = optax.tree.get(opt_state, "baseline") / temperature
+        proximal = jax.nn.sigmoid(jnp.log(jnp.abs(rule)) + log_u)
+        tx = optimizer(jnp.where(rule < 0, proximal, rule))
         chosen = jax.random.randint(key, (n,), 0, len(data[1]))
         batch = jax.tree.map(lambda x: x[chosen], data)
 
@@ -119,16 +127,19 @@ def train(
         return (optax.apply_updates(w, updates), opt_state), None
 
     w = jnp.zeros(data[0].shape[1] * CLASSES)
-    return jax.lax.scan(step, (w, tx.init(w)), jax.random.split(key, steps))[0][0]
+    keys = jax.random.split(key, steps)
+    return jax.lax.scan(step, (w, optimizer(config.gamma).init(w)), keys)[0][0]
 
 
 def run(
     config: Config, data: Data, temperature: float, solution: jax.Array, n: int, steps: int
 ) -> Iterator[dict[str, Any]]:
-    """A record for each γ."""
+    """A record for each rule of the average."""
     runs = jax.vmap(functools.partial(train, config, n, steps, data, temperature), (None, 0))
-    gammas, keys = (1.0, config.gamma), jax.random.split(jax.random.key(0), config.seeds)
-    for gamma, w in zip(gammas, jax.vmap(runs, (0, None))(jnp.array(gammas), keys), strict=True):
+    rules = {1.0: 1.0, config.gamma: config.gamma} | {f"a = {a:g}": -a for a in config.proximal}
+    keys = jax.random.split(jax.random.key(0), config.seeds)
+    ends = jax.vmap(runs, (0, None))(jnp.array([*rules.values()]), keys)
+    for gamma, w in zip(rules, ends, strict=True):
         value = [objective(x, temperature, config.weight_decay, data) for x in (solution, *w)]
         gap = np.abs(np.divide(value[1:], value[0]) - 1)
         distance = np.linalg.norm(w - solution, axis=1) / np.linalg.norm(solution)
@@ -140,9 +151,10 @@ def run(
 def table(records: list[dict[str, Any]]) -> str:
     rows = [("λ", "n", "steps", "γ", "gap of f", "distance of w", "diverged")]
     for r in records:
-        setting = (f"{r[k]:g}" for k in ("temperature", "n", "steps", "gamma"))
+        setting = (f"{r[k]:g}" for k in ("temperature", "n", "steps"))
+        rule = r["gamma"] if isinstance(r["gamma"], str) else f"{r['gamma']:g}"
         figures = (report.mean_std(r[k], ".1e") for k in ("gap", "distance"))
-        rows.append((*setting, *figures, f"{r['diverged']} of {len(r['gap'])}"))
+        rows.append((*setting, rule, *figures, f"{r['diverged']} of {len(r['gap'])}"))
     return report.markdown(rows)
 
 

@@ -38,6 +38,15 @@ def test_gap_closes(run):
     assert [row[-1] for row in table] == 4 * ["0 of 2"]
 
 
+def test_proximal_average(run):
+    """With a large step there is no average; and a smaller one is another."""
+    results, table = run("--temperatures 0.5 --steps 100 --proximal 1e9 0.1")
+    assert [row[3] for row in table] == ["1", "0.1", "a = 1e+09", "a = 0.1"]
+    gaps = [r["gap"] for r in results]
+    np.testing.assert_allclose(gaps[2], gaps[0], rtol=1e-5)
+    assert not np.allclose(gaps[3], gaps[1], rtol=0.1)
+
+
 def test_diverged(run, monkeypatch):
     """Far away is, as is NaN, of which the plot has nothing to draw; the start is not."""
     ends = {10: 0.0, 20: 1e70, 30: np.nan}
