@@ -9,8 +9,8 @@ whole data set to the last digit,
 
 and ABSGD, which sees batches of n, is run for more and more steps. With γ = 1 there is no average:
 u is the batch's own mean of exp(l / λ), the weights of a batch always sum to 1, and the iterate
-ends at another point, the further away the smaller the batch. --proximal adds SCENT's average, whose
-γ is a u / (1 + a u).
+ends at another point, the further away the smaller the batch. With
+--proximal there is SCENT's average, too, whose γ is a u / (1 + a u).
 """
 
 import dataclasses
