@@ -80,13 +80,9 @@ class TestEveryOptimizer:
 
     def test_tells_the_parameters_in_its_state_from_the_rest(self, name):
         tx = OPTIMIZERS[name](RATE)
-        marks = optax.tree.map_params(
-            tx,
-            lambda _, mark: mark,
-            tx.init(PARAMS),
-            {"w": "w", "b": "b"},
-            transform_non_params=lambda _: "other",
-        )
+        names, state = {"w": "w", "b": "b"}, tx.init(PARAMS)
+        rest = {"transform_non_params": lambda _: "other"}
+        marks = optax.tree.map_params(tx, lambda _, mark: mark, state, names, **rest)
         marks = jax.tree.leaves(marks)
         copies = {"scale_by_attention": 0, "abadam": 2}.get(name, 1)
         assert marks.count("w") == marks.count("b") == copies
@@ -216,14 +212,8 @@ def with_temperature(tx, lam):
     return optax.tree.set(tx.init(None), temperature=lam)
 
 
-# Numbers that someone may set, as float32 has them.
-SET = [
-    (2, 2),
-    (np.int64(2), 2),
-    (jnp.int32(2), 2),
-    (np.float16(2.5), 2.5),
-    (jnp.bfloat16(2.5), 2.5),
-]
+# Numbers that someone may set.
+SET = 2, np.int64(2), jnp.int32(2), np.float16(2.5), jnp.bfloat16(2.5)
 RULES = {
     "number": 5.0,
     "schedule": optax.linear_schedule(5.0, 1.0, 4),
@@ -247,11 +237,11 @@ class TestTheLeafIsLambda:
         tx = scale_by_attention(RULES[rule])
         step = functools.partial(jax.jit(attend, static_argnums=0), tx, LOSSES[0])
         expected = {lam: step(with_temperature(tx, jnp.float32(lam))) for lam in (2, 2.5)}
-        for lam, as_float32 in SET:
+        for lam in SET:
             state = with_temperature(tx, lam)
-            assert get_temperature(state) == as_float32
+            assert get_temperature(state) == float(lam)
             weights, state = step(state)
-            chex.assert_trees_all_close((weights, state), expected[as_float32], rtol=1e-6)
+            chex.assert_trees_all_close((weights, state), expected[float(lam)], rtol=1e-6)
             assert jax.typeof(state.temperature) == jax.typeof(state.baseline)
             assert state.temperature.dtype == jnp.result_type(float)
 
@@ -271,10 +261,6 @@ class TestTheLeafIsLambda:
         tx = scale_by_attention(given)
         assert temperatures_of(tx, tx.init(None)) == [5, 5, 5]
         assert temperatures_of(tx, with_temperature(tx, -3.0)) == [-3, -3, -3]
-
-    def test_what_is_set_in_float32_stays_under_x64(self, x64):
-        tx = scale_by_attention(0.7)
-        assert temperatures_of(tx, with_temperature(tx, jnp.float32(2))) == [2, 2, 2]
 
     @pytest.mark.parametrize(
         ("given", "expected"),
@@ -305,9 +291,8 @@ class TestTheLeafIsLambda:
     @pytest.mark.parametrize("second", SECOND)
     def test_a_second_stage_begins_after_a_restore_with_an_earlier_one(self, second):
         temperature, expected = SECOND[second]
-        _, states = follow(
-            scale_by_attention(two_stage(temperature, begin=100)), np.resize(LOSSES, (50, 16))
-        )
+        tx = scale_by_attention(two_stage(temperature, begin=100))
+        _, states = follow(tx, np.resize(LOSSES, (50, 16)))
         state = jax.tree.map(lambda x: x[-1], states)
         assert get_temperature(state) == jnp.inf
         tx = scale_by_attention(two_stage(temperature, begin=20))
@@ -388,11 +373,11 @@ def test_no_nan_on_the_way(lam, automatic):
     with jax.debug_nans(True):  # which sees every operation outside jit
         for losses, kept in ((LOSSES[0], 16), (LOSSES[1], 0), (LOSSES[2, :1], 1), (LOSSES[3], 16)):
             where = np.arange(len(losses)) < kept
-            _, sums = slopes_and_sums(
-                losses,
-                opt_state,
-                lambda tilted, where=where: jnp.sum(tilted, where=where) / max(np.sum(where), 1),
-            )
+
+            def mean(tilted, where=where):
+                return jnp.sum(tilted, where=where) / max(np.sum(where), 1)
+
+            _, sums = slopes_and_sums(losses, opt_state, mean)
             updates, opt_state = tx.update(params, opt_state, params, sums=sums)
             params = optax.apply_updates(params, updates)
     chex.assert_tree_all_finite(params)
