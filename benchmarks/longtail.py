@@ -11,11 +11,10 @@ import dataclasses
 import functools
 import pathlib
 import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks.engine import comparison, plots, report
@@ -110,23 +109,19 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
-def draw_curves(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    epochs = np.arange(1, len(result.accuracy) + 1)
-    few = groups(result.accuracy.shape[2])["few"]
-    for part, color in ((slice(None), "C0"), (few, "C1")):
-        mean = result.accuracy[:, :, part].mean(axis=(1, 2))
-        axes.plot(epochs, mean, color=color, **style)
+def curves(result: Result) -> dict[str, np.ndarray]:
+    few = result.accuracy[:, :, groups(result.accuracy.shape[2])["few"]]
+    return {"C0": result.accuracy.mean(axis=(1, 2)), "C1": few.mean(axis=(1, 2))}
 
 
-def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    mass = result.trained.history["mass"].mean(axis=1)
-    for color, part in enumerate(groups(mass.shape[1]).values()):
-        share = mass[:, part].sum(axis=1)
-        axes.plot(np.arange(1, len(mass) + 1), 100 * share, color=f"C{color}", **style)
+def final(result: Result) -> dict[str, np.ndarray]:
+    return {"C0": result.accuracy[-1].mean(axis=0)}
 
 
-def draw_classes(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    axes.plot(result.accuracy[-1].mean(axis=0), color="C0", **{"marker": ".", **style})
+def mass(result: Result) -> dict[str, np.ndarray]:
+    of_classes = 100 * result.trained.history["mass"].mean(axis=1)
+    parts = enumerate(groups(of_classes.shape[1]).values())
+    return {f"C{i}": of_classes[:, part].sum(axis=1) for i, part in parts}
 
 
 def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
@@ -164,14 +159,15 @@ def write(config: Config, results: list[Result]) -> None:
     report.write(config.out, records, report.markdown(table(results)))
 
     panels = {r.loss: [q for q in results if q.loss == r.loss] for r in results}
-    ranks, accuracy = "class, from the most images to the fewest", "test accuracy, %"
     parts = {name: f"C{i}" for i, name in enumerate(groups(results[0].accuracy.shape[2]))}
-    for name, draw, x, y, colors in (
-        ("curves", draw_curves, "epoch", accuracy, {"all classes": "C0", "few": "C1"}),
-        ("classes", draw_classes, ranks, accuracy, {}),
-        ("mass", draw_mass, "epoch", "weight, %", parts),
+    both = {"all classes": "C0", "few": "C1"}
+    ranks = {"x": "class, from the most images to the fewest", "first": 0, "marker": "."}
+    for name, lines, y, colors, more in (
+        ("curves", curves, "test accuracy, %", both, {"x": "epoch"}),
+        ("classes", final, "test accuracy, %", {}, ranks),
+        ("mass", mass, "weight, %", parts, {"x": "epoch"}),
     ):
-        plots.by_panel(panels, draw, config.out / f"{name}.png", x=x, y=y, colors=colors)
+        plots.by_panel(panels, lines, config.out / f"{name}.png", y=y, colors=colors, **more)
     comparison.plot_temperature(panels, config.out)
     plot_tradeoff(results, config.out / "tradeoff.png")
 

@@ -17,7 +17,6 @@ import pathlib
 from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from scipy.stats import truncnorm
 from sklearn.metrics import roc_auc_score
 
@@ -134,39 +133,30 @@ def find(result: Result, draw: Draw) -> Found:
     return Found(*(100 * np.array([metric(*pair) for pair in pairs]) for metric in metrics))
 
 
-def draw_curves(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    epochs = np.arange(1, len(result.accuracy) + 1)
-    axes.plot(epochs, result.accuracy.mean(axis=(1, 2)), color="C0", **style)
-
-
-def draw_mass(axes: Axes, result: Result, style: dict[str, Any]) -> None:
-    mass = 100 * result.trained.history["mass"][:, :, 1].mean(axis=1)
-    axes.plot(np.arange(1, len(mass) + 1), mass, color="C0", **style)
+def wrong(result: Result) -> np.ndarray:
+    """The share of the weights that is on wrong labels, in percent, [epochs, seeds]."""
+    return 100 * result.trained.history["mass"][:, :, 1]
 
 
 def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
     """``results`` are pairs of a result and what it found, by noise and loss."""
-    figures = (
-        *("accuracy", "best epoch, on test", "AUROC", "precision"),
-        "weight on wrong labels, %",
-    )
+    figures = "accuracy", "best epoch, on test", "AUROC", "precision", "weight on wrong labels, %"
     rows = [("noise", "loss", "λ", "rate", *figures, "ESS", "diverged")]
     records = {}
     for key, pairs in results.items():
         for r, found in pairs:
             accuracy = r.accuracy.mean(axis=2)
-            wrong = 100 * r.trained.history["mass"][-1, :, 1]
-            columns = [accuracy[-1], accuracy.max(axis=0), *found, wrong]
+            columns = [accuracy[-1], accuracy.max(axis=0), *found, wrong(r)[-1]]
             rows.append((*key, *comparison.row(r, columns)))
             name = f"{key[0]} {comparison.name_of(config, r)}"
             records[name] = comparison.record(r) | found._asdict()
     report.write(config.out, records, report.markdown(rows))
     panels = {"\n".join(key): [r for r, _ in pairs] for key, pairs in results.items()}
-    for name, draw, y in (
-        ("curves", draw_curves, "test accuracy, %"),
-        ("mass", draw_mass, "weight on wrong labels, %"),
+    for name, y, lines in (
+        ("curves", "test accuracy, %", lambda r: {"C0": r.accuracy.mean(axis=(1, 2))}),
+        ("mass", figures[-1], lambda r: {"C0": wrong(r).mean(axis=1)}),
     ):
-        plots.by_panel(panels, draw, config.out / f"{name}.png", x="epoch", y=y, colors={})
+        plots.by_panel(panels, lines, config.out / f"{name}.png", x="epoch", y=y, colors={})
     comparison.plot_temperature(panels, config.out)
 
 

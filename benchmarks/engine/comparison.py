@@ -19,7 +19,6 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from matplotlib.axes import Axes
 from tqdm import tqdm
 
 from absgd_jax.data import class_counts
@@ -375,10 +374,9 @@ def record(result: Result) -> dict[str, Any]:
 def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None:
     """|λ| of every seed over the epochs."""
 
-    def draw(axes: Axes, result: Result, style: dict[str, Any]) -> None:
+    def lines(result: Result) -> dict[str, np.ndarray]:
         lam = np.abs(result.trained.history["temperature"])
-        epochs = np.arange(1, len(lam) + 1)
-        axes.plot(epochs, np.where(np.isfinite(lam), lam, np.nan), color="C0", **style)
+        return {"C0": np.where(np.isfinite(lam), lam, np.nan)}
 
     path, style = out / "temperature.png", dict(x="epoch", y="|λ|", colors={}, scale="log")
-    plots.by_panel(panels, draw, path, **style)
+    plots.by_panel(panels, lines, path, **style)

@@ -9,7 +9,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -56,17 +55,19 @@ def dots(panels: dict[str, dict[tuple[str, str], np.ndarray]], path: pathlib.Pat
 
 def by_panel(
     panels: dict[str, list[Any]],
-    draw: Callable[[Axes, Any, dict[str, Any]], None],
+    lines: Callable[[Any], dict[str, np.ndarray]],
     path: pathlib.Path,
     *,
     x: str,
     y: str,
     colors: dict[str, str],
     scale: str = "linear",
+    first: int = 1,
+    **kwargs: Any,
 ) -> None:
     """One panel a loss: SGD in dashes, ABSGD in full, its automatic λ in a thin line with dots.
 
-    A panel has results, whose ``optimizer`` says how they are drawn.
+    A panel has results, whose ``optimizer`` says how their lines are drawn, which are by colours.
     """
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
@@ -85,13 +86,15 @@ def by_panel(
         axes.tick_params(labelbottom=True)
     for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
         for result in results:
-            draw(axes, result, styles[result.optimizer])
+            for color, values in lines(result).items():
+                style = {"color": color, **kwargs, **styles[result.optimizer]}
+                axes.plot(np.arange(first, first + len(values)), values, **style)
         axes.set_title(title)
         axes.set_yscale(scale)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    lines = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
-    lines += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
-    figure.legend(handles=lines, loc="outside right upper")
+    drawn = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
+    drawn += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
+    figure.legend(handles=drawn, loc="outside right upper")
     figure.supxlabel(x)
     figure.supylabel(y)
     save(figure, path)
