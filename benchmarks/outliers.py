@@ -309,11 +309,7 @@ def evaluate(
 
 
 def find(
-    c: Config,
-    table: Table,
-    kind: str,
-    share: float,
-    grids: Mapping[tuple[str, str], list[Setting]],
+    c: Config, table: Table, kind: str, share: float, grids: Mapping[tuple[str, str], list[Setting]]
 ) -> Found:
     """The best setting of each method by each criterion, and what becomes of it."""
     seeds = [(s, searching) for searching in (True, False) for s in seeds_of(c, searching)]
