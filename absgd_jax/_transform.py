@@ -76,7 +76,8 @@ def scale_by_attention(
         \text{damping} \sqrt{1 / \mathrm{ESS} - 1}`, where ESS is the effective sample size of the
         batch's weights. The reason is that weight on hard examples makes gradients longer, most of
         all in a batch with larger losses than those before it. ``None`` is 0, as published, and 2
-        for an automatic temperature.
+        for an automatic temperature. With a fixed λ > 0, 2 or a clip behind this transformation
+        keeps training from diverging at learning rates that SGD bears.
       max_jump: How far, as a logarithm, the newest batch may stand above the moving average; what
         is beyond is cut off. Without a bound, a loss far above the others silences the batches
         after it until the average has forgotten it. ``None`` is ``jnp.inf``, as published, because
