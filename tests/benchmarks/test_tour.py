@@ -1,34 +1,26 @@
 """The tour says what it measured, in numbers and in words."""
 
 import re
-import sys
 
-import matplotlib.image
 import numpy as np
 import pytest
 
 from benchmarks import __main__ as tour
-from tests.support.commands import load
+from tests.support.commands import mean_std, rows
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
-def test_tour(tmp_path, monkeypatch, capsys):
+def test_tour(tmp_path, monkeypatch, start):
     small = {"model": "linear", "epochs": 2, "search_seeds": 1, "learning_rates": (0.1,)}
     for name, value in small.items():
         monkeypatch.setitem(tour.DIGITS, name, value)
     monkeypatch.setitem(tour.CURVE, "epochs", 2)
-    monkeypatch.setattr(sys, "argv", [tour.__file__, "--seeds", "2", "--out", str(tmp_path)])
-    tour.main()
-    printed, table = capsys.readouterr().out, (tmp_path / "table.md").read_text()
+    results, table, printed = start(tour, "--seeds 2")
     assert table in printed
     assert f"{tmp_path}/tour.png" in printed
     assert re.search(r"python -m benchmarks\.noise +Losses for noisy labels", printed)
-    assert matplotlib.image.imread(tmp_path / "tour.png").std() > 0.05
-
-    results = load(tmp_path)
-    rows = [row.split("|")[1:-1] for row in table.splitlines() if "±" in row and row[0] == "|"]
-    assert [", ".join(map(str.strip, row[:3])) for row in rows] == list(results)
+    assert [", ".join(row[:3]) for row in rows(table)] == list(results)
     wrong, high, rare = (
         [r for name, r in results.items() if name.startswith(data)]
         for data in ("wrong labels", "targets too high", "rare classes")
@@ -37,17 +29,13 @@ def test_tour(tmp_path, monkeypatch, capsys):
     assert labels == ["inf", "inf", "0.2:ess-0.6", "inf", "inf", "0.5:ess0.9"]
     assert [r["setting"]["automatic"] for r in high] == [False, False, False, True]
 
-    def cell(x, digits):
-        return f"{np.mean(x):{digits}} ± {np.std(x, ddof=1):{digits}}"
-
     of_labels = [np.array(r["class_accuracy"]) for r in wrong + rare]
     every, few = ([x[:, part].mean(axis=1) for x in of_labels] for part in (EVERY, FEW))
-    ends = [f"{cell(x, '.1f')} %" for x in every]
-    ends[3:] = [
-        f"{end}, 3 rarest {cell(x, '.1f')} %" for end, x in zip(ends[3:], few[3:], strict=True)
-    ]
-    ends[3:3] = [f"RMSE {cell(r['rmse'], '.3f')}" for r in high]
-    assert [row[4].strip() for row in rows] == ends
+    ends = [f"{mean_std(x)} %" for x in every]
+    rarest = (f", 3 rarest {mean_std(x)} %" for x in few[3:])
+    ends[3:] = [end + more for end, more in zip(ends[3:], rarest, strict=True)]
+    ends[3:3] = [f"RMSE {mean_std(r['rmse'], 3)}" for r in high]
+    assert [row[4] for row in rows(table)] == ends
 
     # A difference, of either sign or of none, stands in the words.
     said = table.split("\n\n")[-1].replace("(-", "(")
