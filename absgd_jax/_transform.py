@@ -154,7 +154,8 @@ def scale_by_attention(
         updates, sums = taken(updates, sums, extra_args)
         dtype = at_least_float32(jnp.result_type(state.baseline))
         like = state._replace(temperature=state.baseline)  # whatever kind of number was set there
-        lam = clamped(state.temperature).astype(dtype)
+        given = state.temperature
+        lam = clamped(given).astype(dtype)
         state = state._replace(temperature=lam)
         weight = jnp.asarray(value_at("gamma", gamma, state.count), dtype)
         following = value_at("gamma", gamma, state.count + 1)
@@ -173,9 +174,11 @@ def scale_by_attention(
         scale = jnp.where(is_infinite(lam), scale, scale / divisor)
         # Where null isn't finite, the gradients of the parameters are not those of the loss.
         scale = jnp.where(jnp.isfinite(jnp.asarray(sums.null)), scale, jnp.nan)
+        following_lam = tuned.update(state, divergences)
         new = new._replace(
             count=optax.safe_increment(jnp.asarray(state.count)),
-            temperature=jnp.asarray(tuned.update(state, divergences)),
+            # What is left alone passes through, and costs no kernel.
+            temperature=jnp.asarray(given if following_lam is lam else following_lam),
             # To a batch with the weight 1, what was before is but a point of reference.
             averaged=jnp.where(jnp.less(following, 1), new.averaged, 0),
         )
