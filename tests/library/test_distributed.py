@@ -132,20 +132,6 @@ def test_a_penalty_has_its_gradient_times_the_scale(leaves, anchor):
     check(jax.jit(train), tolerance=1e-11, expected=expected)
 
 
-def test_a_norm_of_all_leaves_shows():
-    """Its gradient isn't finite where a leaf is 0."""
-    gradients = functools.partial(
-        layouts.gradients, penalty=lambda params: sum(map(jnp.linalg.norm, jax.tree.leaves(params)))
-    )
-    with jax.enable_x64(True):
-        params, batches = layouts.problem()
-        params = {"net": params, "sums": layouts.zero_sums()}
-        params, _ = jax.jit(functools.partial(layouts.train, gradients=gradients))(
-            params, batches, 0.5
-        )
-    assert np.isnan(params["net"]["w1"]).all()
-
-
 @pytest.mark.parametrize(
     ("model", "axis_type"),
     [(None, AxisType.Explicit), ("model", AxisType.Auto), ("model", AxisType.Explicit)],

@@ -191,6 +191,15 @@ class TestSumsThatDoNotFit:
         updates, _ = tx.update(jax.grad(loss_fn)(params), opt_state, params)
         assert np.isnan(updates["net"]).all()
 
+    @pytest.mark.parametrize("temperature", [1.0, np.inf])
+    def test_beside_a_penalty_that_is_not_finite(self, temperature):
+        """Of every leaf, as their norms are, whose gradient is NaN where a leaf is 0."""
+        tx, state = scale_by_attention(temperature), state_at(temperature, 1.5)
+        slopes, sums = slopes_and_sums(jnp.asarray(BATCHES[0]), state)
+        weights, after = tx.update(slopes, state, sums=Sums(sums.values + np.nan))
+        assert np.isnan(weights).all()
+        assert after.baseline == state.baseline
+
     def test_of_weights_that_are_negative_in_sum(self):
         tx, state = scale_by_attention(1.0), state_at(1.0)
         weights = jnp.float32([1, 1, -3, 1.5])
