@@ -276,7 +276,8 @@ def main() -> None:
             results[n] = found.final
             for key, grid in grids(config).items():
                 setting = found.chosen[key]
-                seen = [{**s._asdict(), "balanced": found.seen[s]["balanced"]} for s in grid]
+                seen = [(s, found.seen[s]["balanced"]) for s in grid if s in found.seen]
+                seen = [{**s._asdict(), "balanced": x} for s, x in seen]
                 record = {"setting": setting._asdict(), "validation": seen, **found.final[setting]}
                 records[" ".join((str(n), *key))] = record
         text = table(results)
