@@ -63,15 +63,11 @@ def check(train: Split, test: Split) -> None:
     sizes = [split.images.shape[1:] for split in (train, test)]
     if sizes[0] != sizes[1]:
         raise ValueError(f"The images must have one size, got {sizes[0]} and {sizes[1]} to test.")
-    classes = [np.unique(split.labels).tolist() for split in (train, test)]
-    if (
-        classes[0] != classes[1]
-        or len(classes[0]) < 2
-        or classes[0] != list(range(len(classes[0])))
-    ):
+    first, second = (np.unique(split.labels).tolist() for split in (train, test))
+    if not first == second == list(range(max(len(first), 2))):
         raise ValueError(
             "The labels of both splits must be 0, 1 and so on, and two at least, got "
-            f"{classes[0]} and {classes[1]} to test."
+            f"{first} and {second} to test."
         )
 
 

@@ -27,13 +27,7 @@ class Classifier(nnx.Module):
     """Blocks, and a linear head whose logits are float32."""
 
     def __init__(
-        self,
-        blocks: list[nnx.Module],
-        features: int,
-        classes: int,
-        *,
-        normalized: bool,
-        rngs: nnx.Rngs,
+        self, blocks: list, features: int, classes: int, *, normalized: bool, rngs: nnx.Rngs
     ):
         self.blocks = nnx.List(blocks)
         self.head = nnx.Linear(features, classes, use_bias=not normalized, rngs=rngs)
@@ -67,10 +61,8 @@ class NormalizedConvolution(nnx.Module):
     """3x3 convolution and batch normalisation, as the ResNets have them."""
 
     def __init__(self, inputs: int, outputs: int, strides: int = 1, **kwargs):
-        init = nnx.initializers.he_normal()
-        self.conv = nnx.Conv(
-            inputs, outputs, (3, 3), strides, use_bias=False, kernel_init=init, **kwargs
-        )
+        conv = {"use_bias": False, "kernel_init": nnx.initializers.he_normal(), **kwargs}
+        self.conv = nnx.Conv(inputs, outputs, (3, 3), strides, **conv)
         self.norm = nnx.BatchNorm(outputs, momentum=0.9, **kwargs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -123,13 +115,9 @@ def make_model(
         blocks = [Dense(*pair, **kwargs) for pair in itertools.pairwise(widths)]
         features = widths[-1]
     elif name == "cnn":
-        pooled = (height // 4) * (width // 4) * 64
-        blocks = [
-            Convolution(channels, 32, **kwargs),
-            Convolution(32, 64, **kwargs),
-            Dense(pooled, 128, **kwargs),
-        ]
-        features = 128
+        pooled, features = (height // 4) * (width // 4) * 64, 128
+        blocks = [Convolution(channels, 32, **kwargs), Convolution(32, 64, **kwargs)]
+        blocks.append(Dense(pooled, features, **kwargs))
     else:
         depth = int(name.removeprefix("resnet"))
         blocks, features = resnet_blocks(channels, depth=depth, **kwargs), 64
