@@ -193,7 +193,9 @@ def draw_regression(
     y = sample.y * sample.spread + sample.center
     wrong = np.abs(y - table.y) > 1e-3
     for part, marker in ((~wrong, "o"), (wrong, "+")):
-        axes.scatter(x[rows][part[rows]], y[rows][part[rows]], 4, "#bbbbbb", marker, linewidths=0.5)
+        axes.scatter(
+            *(x[rows][part[rows]], y[rows][part[rows]], 4, "#bbbbbb"), marker=marker, linewidths=0.5
+        )
     tested = x[sample.evaluation]
     order = np.argsort(tested)
     for method, of in high.items():
