@@ -15,11 +15,14 @@ import pytest
 
 from tests.support.commands import environment, load, ROOT, SMALL
 
+pytestmark = pytest.mark.slow
+
 # SGD and ABSGD in programs of two runs, one each for the search and two for the seeds.
 OPTIONS = f"{SMALL} --epochs 4 --learning-rates 0.1 0.03 --temperatures 0.5:ess0.5 --seeds 4"
 OPTIONS += " --at-once 2 --methods balanced_softmax --checkpoint-every 0"
 EPOCHS = 4 * 2 * 3
 SEED = 0
+KILLS = 20
 
 
 class Trainer:
@@ -106,8 +109,7 @@ def check(out, whole, cuts, told=None):
     assert len(log(out)) <= EPOCHS + cuts
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed(trainer, whole, tmp_path, times):
+def test_killed(trainer, whole, tmp_path):
     """At random moments of a run's life, from its first breath to the last file it writes."""
     start = time.monotonic()
     assert trainer.run(tmp_path / "timed")[0] == 0
@@ -115,9 +117,9 @@ def test_killed(trainer, whole, tmp_path, times):
 
     rng, kills, out = np.random.default_rng(SEED), [], tmp_path / "0"
     cuts = 0  # of the run in this folder
-    while len(kills) < times or cuts:
+    while len(kills) < KILLS or cuts:
         trainer.start(out)
-        moment = rng.uniform(0, life) if len(kills) < times else None
+        moment = rng.uniform(0, life) if len(kills) < KILLS else None
         if not trainer.ends_within(moment):
             with contextlib.suppress(ProcessLookupError):  # it may end this very moment
                 os.kill(trainer.pid, signal.SIGKILL)
@@ -172,7 +174,6 @@ def test_damaged(trainer, whole, stopped):
     check(stopped, whole, int(folder.name))
 
 
-@pytest.mark.slow
 def test_full_disk(trainer, whole, stopped):
     """However far the room goes: to nothing, half a checkpoint, or all but the pictures."""
     before = checkpoint(stopped)
@@ -189,7 +190,6 @@ def test_full_disk(trainer, whole, stopped):
     check(stopped, whole, 2)
 
 
-@pytest.mark.slow
 def test_read_only(trainer, whole, stopped):
     before = checkpoint(stopped)
     for folder, code in ((before[0].parent, 1), (stopped, 2)):
