@@ -61,6 +61,7 @@ def test_longtail(tmp_path, compare):
     assert "ldam_drw-final-0, epoch 6 of 6" in (out / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_automatic_temperature(compare):
     """It has results of its own, beside those of the best λ that was given."""
     options = f"{SMALL} --epochs 4 --learning-rates 0.1 --temperatures 1e6 0.5:ess0.5 --methods arb"
@@ -78,6 +79,7 @@ def test_automatic_temperature(compare):
     assert rows(table)[2][1] == "ess0.5 from 0.5"
 
 
+@pytest.mark.slow
 def test_each_temperature(tmp_path, compare):
     """It has a row of its own, and baselines have none."""
     options = f"{SMALL} --epochs 2 --learning-rates 0.1 --methods focal --baselines cvar+sam"

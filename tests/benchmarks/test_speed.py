@@ -204,6 +204,7 @@ def torch(tmp_path):
 
 
 @pytest.mark.usefixtures("users_promotion")
+@pytest.mark.slow
 def test_speed(tmp_path, monkeypatch, start, torch):
     monkeypatch.delitem(speed.GROWING, "devices")
     options = "--parts sgd torch growth --forms absgd --models mlp --losses 1024 --parameters 10000"

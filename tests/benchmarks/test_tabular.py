@@ -198,6 +198,7 @@ def run(start):
     return lambda options: start(tabular, f"{small} {options}")
 
 
+@pytest.mark.slow
 def test_table(run, monkeypatch):
     """Its figures are those of the results, in the settings that held-out parts chose."""
 

@@ -167,6 +167,7 @@ def test_training_is_the_published_algorithm(tmp_path, digits, settings, guards)
         assert 0 < np.mean(wrong) < 0.9
 
 
+@pytest.mark.slow
 def test_in_parts_and_on_several_devices(tmp_path, digits):
     runs = [make_run(digits, seed, 0.05, temperatures=(5.0,)) for seed in range(3)]
     at_once = fit(tmp_path / "a", digits, runs)
@@ -247,6 +248,7 @@ def test_resnet_layers():
     np.testing.assert_array_equal(block(x), wanted)
 
 
+@pytest.mark.slow
 def test_fine_tuning(tmp_path, digits):
     """From the second stage on, the lower blocks are as they were; before, nothing is frozen."""
     options = {"model": "mlp", "hidden": (8, 8), "fine_tune_from": 1}
@@ -292,6 +294,7 @@ def test_fine_tuning_from_the_start(tmp_path, digits):
     assert np.all(np.isfinite(trained.losses))
 
 
+@pytest.mark.slow
 def test_frozen_blocks_keep_their_statistics(digits):
     """In a step of a ResNet, augmented."""
     config = dataclasses.replace(CONFIG, model="resnet32", augment=True, batch_size=2)

@@ -74,6 +74,7 @@ def test_language_model(run, monkeypatch):
 
 
 class TestDataParallel:
+    @pytest.mark.slow
     def test_several_processes_are_one(self, run):
         """Two, of two devices each, print what one of eight devices does."""
         (devices, processes), *one = run(data_parallel, "--steps 20")
