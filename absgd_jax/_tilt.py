@@ -244,9 +244,8 @@ def _fit(batch: Sums, lam: jax.Array) -> jax.Array:
     same = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
     error = jnp.abs(batch.exp - batch.excess - 1)  # each exp(z) is 1 + expm1(z)
     linear = (batch.exp > 0) & (error <= 0.02 * (1 + batch.exp))
-    fit: jax.Array = (same & (is_infinite(lam) | linear) & (batch.weight >= 0)) | (
-        batch.weight == 0
-    )
+    positive, nothing = batch.weight > 0, batch.weight == 0
+    fit: jax.Array = nothing | (positive & same & (is_infinite(lam) | linear))
     return fit
 
 
