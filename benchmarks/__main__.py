@@ -11,7 +11,6 @@ wrong as the training data; what is reported is the end of training, on right te
 import ast
 import dataclasses
 import functools
-import math
 import pathlib
 from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple
@@ -284,7 +283,7 @@ def main() -> None:
         for temperatures in part.temperatures.values()
         for size in comparison.sizes(dataclasses.replace(digits, temperatures=temperatures))
     ]
-    epochs = digits.epochs * sum(math.ceil(n / digits.runs_at_once) for n in sizes)
+    epochs = comparison.epochs_of(digits, sizes)
     with report.folder(c) as described, tqdm(total=epochs, unit="epoch") as bar:
         fit = functools.partial(training.train, bar=bar, started=described["started"])
         wrong, rare = (classify(digits, part, images, parts[1].groups, fit) for part in parts)

@@ -160,8 +160,9 @@ def main() -> None:
             if config.timed and times is None:
                 runs = comparison.make_runs(config, task, programs[0], seeds, draw)
                 times = compare_times(config, task, runs[: config.timed])
-            args = config, name, task, settings, seeds, draw, trainer
-            results[name] = comparison.train_each(*args)
+            results[name] = comparison.train_each(
+                config, name, task, settings, seeds, draw, trainer
+            )
             write(config, results, times)
 
 

@@ -32,8 +32,13 @@ from benchmarks.engine.training import Examples, Images, pick, Run, Task, Traine
 SGD = "inf"
 CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
-PAPERS = {"model": "resnet32", "epochs": 200, "batch_size": 128, "hidden": (256, 128)}
-PAPERS |= {"augment": True}
+PAPERS = {
+    "model": "resnet32",
+    "epochs": 200,
+    "batch_size": 128,
+    "hidden": (256, 128),
+    "augment": True,
+}
 
 # Of (seed, search): what a run trains on, what it is evaluated on, and a few examples of every
 # class under their right labels, for methods that have to be told.
@@ -192,6 +197,11 @@ def divergences(trained: Trained) -> int:
     return int(diverged(finite, accuracy.mean(axis=-1), accuracy.shape[-1]).sum())
 
 
+def epochs_of(config: Config, sizes: list[int]) -> int:
+    """How many epochs a bar has, by how many runs each program has."""
+    return config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes)
+
+
 @contextlib.contextmanager
 def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Iterator[Train]:
     """Holds ``config.out``, shows a bar over all epochs, and gives the function that trains.
@@ -210,7 +220,6 @@ def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Itera
             f"--validation must hold out an example of every class, got {config.validation}, which "
             f"leaves none of the classes {missing.tolist()}"
         )
-    epochs = config.epochs * sum(math.ceil(n / config.runs_at_once) for n in sizes or ())
 
     def interrupt(*_: Any) -> None:
         print("\nstopping after this epoch; again, at once", file=sys.stderr)
@@ -219,7 +228,7 @@ def session(config: Config, draw: Draw, sizes: list[int] | None = None) -> Itera
 
     with contextlib.ExitStack() as stack:
         started = stack.enter_context(report.folder(config))["started"]
-        bar = stack.enter_context(tqdm(total=epochs or None, unit="epoch"))
+        bar = stack.enter_context(tqdm(total=epochs_of(config, sizes or []) or None, unit="epoch"))
         before = signal.signal(signal.SIGINT, interrupt)
         try:
             yield functools.partial(training.train, bar=bar, started=started)
@@ -242,7 +251,13 @@ def class_accuracy(trained: Trained) -> np.ndarray:
 
 
 def compare(
-    config: Config, name: str, task: Task, draw: Draw, train: Train, *, choose: Any = most_accurate
+    config: Config,
+    name: str,
+    task: Task,
+    draw: Draw,
+    train: Train,
+    *,
+    choose: Callable[[dict[Setting, np.ndarray]], Setting] = most_accurate,
 ) -> list[Result]:
     """A loss with SGD, ABSGD, and ABSGD's automatic λ, each as the validation split chose.
 

@@ -30,9 +30,19 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from absgd_jax import diagnostics, get_temperature, scale_by_attention, target_ess, tilt, two_stage
-from benchmarks.engine import config as configuration
 from benchmarks.engine import models, report
-from benchmarks.engine.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE, POSITIVE, SHARE
+from benchmarks.engine.config import (
+    ABOVE_0,
+    BELOW_1,
+    fail,
+    FROM_0,
+    FROM_1,
+    NOT_NEGATIVE,
+    OR_NONE,
+    POSITIVE,
+    SHARE,
+)
+from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.methods import Batch, Method, Parts
 
 # Of an error orbax logs the tracebacks of several threads; what it raises is enough.
@@ -47,7 +57,7 @@ History = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(configuration.Config):
+class Config(BaseConfig):
     """How models are trained."""
 
     resume: bool = False  # go on with what --out holds
@@ -61,13 +71,13 @@ class Config(configuration.Config):
     # share of the epochs before class weights, truncation and fine-tuning set in
     second_stage: Annotated[float, SHARE] = 0.8
     # in the second stage, train this block and those above it alone
-    fine_tune_from: Annotated[int, configuration.FROM_0] = 0
+    fine_tune_from: Annotated[int, FROM_0] = 0
     schedule: Literal["step", "cosine", "constant"] = "step"  # of the learning rate
     # shares of the epochs after which the rate falls
     milestones: Annotated[tuple[float, ...], SHARE, OR_NONE] = (0.8, 0.9)
     decay: Annotated[float, NOT_NEGATIVE] = 0.01  # what the rate is multiplied by then
-    warm_up: Annotated[float, configuration.BELOW_1] = 0.025  # share of the epochs
-    momentum: Annotated[float, configuration.BELOW_1] = 0.9  # of SGD
+    warm_up: Annotated[float, BELOW_1] = 0.025  # share of the epochs
+    momentum: Annotated[float, BELOW_1] = 0.9  # of SGD
     weight_decay: Annotated[float, NOT_NEGATIVE] = 2e-4  # L2 coefficient
     gamma: Annotated[float, ABOVE_0] = 0.9  # weight of the newest batch in ABSGD's average
     # of λ > 0; if not given that of the temperature, 0 or 2
@@ -413,8 +423,7 @@ def train(
             bar.update(config.epochs)
         else:
             if folder.exists() and not config.resume:
-                told = "is in the way, and not of this run: move it, or name another --out"
-                configuration.fail(f"{folder} {told}")
+                fail(f"{folder} is in the way, and not of this run: move it, or name another --out")
             part = jax.tree.map(lambda *x: np.stack(x), *runs[i : i + config.runs_at_once])
             part = jax.device_put(part, sharding(config))
             options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
