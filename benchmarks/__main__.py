@@ -212,7 +212,7 @@ def write(
     high: dict[str, dict[str, Any]],
     rare: list[Result],
 ) -> None:
-    few = longtail.groups(rare[0].accuracy.shape[2])["few"]
+    few = comparison.groups(rare[0].accuracy.shape[2])["few"]
     rows = [("data", "loss", "optimizer", "rate", "at the end", "diverged")]
     records: dict[str, Any] = {}
 

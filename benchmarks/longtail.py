@@ -18,13 +18,11 @@ import numpy as np
 
 from absgd_jax.data import class_counts, long_tailed_indices
 from benchmarks.engine import comparison, plots, report
-from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, Setting
+from benchmarks.engine.comparison import CLEAN, Draw, groups, of_each, Result, Setting
 from benchmarks.engine.config import ABOVE_0, FROM_1, NOT_NEGATIVE, OR_NONE
 from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.search import SEEDS
 from benchmarks.engine.training import Examples, Task
-
-RARE = 0.3  # share of the classes that are "few", and "many"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +81,6 @@ def make_draw(
         return tuple(Examples(np.int32(i), labels[i], labels[i]) for i in (kept, held_out, clean))
 
     return draw
-
-
-def groups(classes: int) -> dict[str, slice]:
-    """Classes by rank; of two none is in the middle."""
-    few = round(RARE * classes)
-    parts = {"many": slice(0, few), "medium": slice(few, classes - few)}
-    return {k: s for k, s in parts.items() if s.start < s.stop} | {"few": slice(-few, None)}
 
 
 def choose(grid: dict[Setting, np.ndarray], give: float) -> Setting:

@@ -10,6 +10,9 @@ the best epoch on that split, as papers report it, which nobody can choose witho
 AUROC says how well the final losses of the training examples find the wrong labels, and so do
 ABSGD's weights, which fall as the losses rise. The precision is the share of wrong labels among the
 largest losses, of which as many are taken as labels are wrong.
+
+With --imbalance some classes are rare, too. Which ones is drawn anew for every seed. Accuracies are
+means over classes in any case.
 """
 
 import dataclasses
@@ -20,10 +23,10 @@ import numpy as np
 from scipy.stats import truncnorm
 from sklearn.metrics import roc_auc_score
 
-from absgd_jax.data import flip_labels
+from absgd_jax.data import flip_labels, long_tailed_indices
 from benchmarks.engine import comparison, plots, report
 from benchmarks.engine.comparison import CLEAN, Draw, of_each, Result, TEMPERATURE
-from benchmarks.engine.config import FROM_1, Must, OR_NONE, POSITIVE, readable
+from benchmarks.engine.config import ABOVE_0, FROM_1, Must, OR_NONE, POSITIVE, readable
 from benchmarks.engine.datasets import Split
 from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.training import Examples, Task
@@ -60,7 +63,9 @@ class Config(comparison.Config):
     )
     # symmetric, asymmetric or instance, and the share of wrong labels
     noise: Annotated[tuple[str, ...], NOISE] = ("symmetric:0.4", "asymmetric:0.4")
-    examples: Annotated[int | None, FROM_1] = None  # training examples of a run; all, if not given
+    # training examples of a run, before classes are thinned; all, if not given
+    examples: Annotated[int | None, FROM_1] = None
+    imbalance: Annotated[float, ABOVE_0] = 1.0  # images of the smallest class / largest
 
 
 def instance_labels(
@@ -86,14 +91,31 @@ def instance_labels(
     return noisy, noisy != labels
 
 
-def make_draw(train: Split, test: Split, noise: str, size: int | None, validation: float) -> Draw:
-    """Splits of the labels; the training examples in two groups, by whether a label is wrong."""
+def make_draw(
+    train: Split,
+    test: Split,
+    noise: str,
+    size: int | None,
+    validation: float,
+    imbalance: float = 1.0,
+) -> Draw:
+    """Splits of the labels; the training examples in two groups, by whether a label is wrong.
+
+    The others are in groups by the rank of their class, of which the first has the most images.
+    """
     kind, _, rate = noise.partition(":")
     classes = train.labels.max() + 1
 
     def draw(seed: int, search: bool) -> tuple[Examples, ...]:
         rng = np.random.default_rng(seed)
-        index = rng.permutation(len(train.labels))[:size].astype(np.int32)
+        index = rng.permutation(len(train.labels)).astype(np.int32)
+        order = np.arange(classes, dtype=np.int32)
+        if imbalance < 1:
+            rng.shuffle(order)
+            rare = dict(class_order=order, max_count=size and size // classes, seed=rng)
+            index = index[long_tailed_indices(train.labels[index], imbalance, **rare)]
+        index = index[:size]
+        rank = np.argsort(order).astype(np.int32)
         right = train.labels[index]
         if kind == "instance":
             images = train.images[index]
@@ -107,9 +129,9 @@ def make_draw(train: Split, test: Split, noise: str, size: int | None, validatio
         told = Examples(told, train.labels[told], np.zeros_like(told))
         noisy = Examples(*(x[held_out:] for x in (index, labels, wrong.astype(np.int32))))
         if search:
-            return noisy, Examples(*(x[:held_out] for x in (index, labels, labels))), told
+            return noisy, Examples(*(x[:held_out] for x in (index, labels, rank[labels]))), told
         tested = np.arange(len(test.labels), dtype=np.int32) + np.int32(len(train.labels))
-        return noisy, Examples(tested, test.labels, test.labels), told
+        return noisy, Examples(tested, test.labels, rank[test.labels]), told
 
     return draw
 
@@ -140,13 +162,18 @@ def wrong(result: Result) -> np.ndarray:
 
 def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
     """``results`` are pairs of a result and what it found, by noise and loss."""
-    figures = "accuracy", "best epoch, on test", "AUROC", "precision", "weight on wrong labels, %"
+    figures = ["accuracy", "best epoch, on test", "AUROC", "precision", "weight on wrong labels, %"]
+    if config.imbalance < 1:
+        figures.insert(1, "few")
     rows = [("noise", "loss", "λ", "rate", *figures, "ESS", "diverged")]
     records = {}
     for key, pairs in results.items():
         for r, found in pairs:
             accuracy = r.accuracy.mean(axis=2)
             columns = [accuracy[-1], accuracy.max(axis=0), *found, wrong(r)[-1]]
+            if config.imbalance < 1:
+                few = comparison.groups(r.accuracy.shape[2])["few"]
+                columns.insert(1, r.accuracy[-1][:, few].mean(axis=1))
             rows.append((*key, *comparison.row(r, columns)))
             name = f"{key[0]} {comparison.name_of(config, r)}"
             records[name] = comparison.record(r) | found._asdict()
@@ -166,7 +193,7 @@ def main() -> None:
     classes = int(train.labels.max()) + 1
     images = comparison.on_device(config, train, test)
     draws = {
-        noise: make_draw(train, test, noise, config.examples, config.validation)
+        noise: make_draw(train, test, noise, config.examples, config.validation, config.imbalance)
         for noise in config.noise
     }
     results = {}

@@ -32,6 +32,7 @@ from benchmarks.engine.training import Examples, Images, pick, Run, Task, Traine
 SGD = "inf"
 CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
 # The papers' protocol, in place of what suits a set of small images on a small machine.
+RARE = 0.3  # share of the classes that are "few", and "many"
 PAPERS = {
     "model": "resnet32",
     "epochs": 200,
@@ -138,6 +139,13 @@ def load(config: Config) -> tuple[Split, Split]:
 def of_each(index: np.ndarray, labels: np.ndarray, part: slice) -> np.ndarray:
     """That part of the indices of every class."""
     return np.concatenate([index[labels == c][part] for c in np.unique(labels)])
+
+
+def groups(classes: int) -> dict[str, slice]:
+    """Classes by rank; of two none is in the middle."""
+    few = round(RARE * classes)
+    parts = {"many": slice(0, few), "medium": slice(few, classes - few)}
+    return {k: s for k, s in parts.items() if s.start < s.stop} | {"few": slice(-few, None)}
 
 
 def on_device(config: Config, train: Split, test: Split) -> Images:

@@ -85,6 +85,9 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     ),
     "arb": lambda: lambda z, y, n, late: losses.arb(z, y),
     "arb_global": lambda: lambda z, y, n, late: losses.arb(z, y, class_counts=n),
+    "balanced_sce": lambda: (
+        lambda z, y, n, late: losses.symmetric_cross_entropy(z + jnp.log(n / n.sum()), y)
+    ),
     "sce": lambda: lambda z, y, n, late: losses.symmetric_cross_entropy(z, y),
     "gce": lambda: lambda z, y, n, late: losses.generalized_cross_entropy(z, y),
     "truncated_gce": lambda: (

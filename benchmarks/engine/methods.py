@@ -8,6 +8,7 @@ by τ = 1.25, ``cross_entropy+mixup`` trains on mixed images, ``focal+sam:0.1`` 
     elr              early-learning regularisation, Liu et al., NeurIPS 2020, arXiv 2007.00151; the
                      knob is the coefficient of the regulariser
     elr_teacher      the same, held to what a moving average of the parameters predicts
+    teacher_score    weights by the loss that this teacher has, in place of the network's own
     l2rw             learning to reweight; see ``benchmarks.engine.meta``
     meta_weight_net  Meta-Weight-Net, likewise; the knob is the learning rate of its network
     within           losses less the level of their class; see ``levels``
@@ -149,6 +150,21 @@ def elr_teacher(coefficient: float = 3.0) -> Way:
     return Way(step, lambda params, examples, classes, groups: TEACHER.init(params))
 
 
+def teacher_score() -> Way:
+    """The memory is the teacher's, as above."""
+
+    def step(parts, params, memory, batch):
+        teacher, memory = TEACHER.update(params, memory)
+        score = parts.loss(parts.logits(teacher, batch.x)[0], batch.y)
+
+        def tilt(losses, sums):
+            return parts.tilt(losses + jax.lax.stop_gradient(score - losses), sums)
+
+        return plain(parts._replace(tilt=tilt), params, memory, batch)
+
+    return Way(step, lambda params, examples, classes, groups: TEACHER.init(params))
+
+
 def levels(losses: jax.Array, y: jax.Array, classes: int, temperature: jax.Array) -> jax.Array:
     """Of each class λ log mean exp(l / λ): less it, a class has the weight of its size."""
     return jnp.stack([robust_loss(losses, temperature, where=y == k) for k in range(classes)])
@@ -193,6 +209,7 @@ WAYS: dict[str, Callable[..., Way]] = {
     "sam": sam,
     "elr": elr,
     "elr_teacher": elr_teacher,
+    "teacher_score": teacher_score,
     "l2rw": lambda: Way(reweighted(meta.l2rw_forward)),
     "meta_weight_net": meta_weight_net,
     "within": lambda: Way(within),

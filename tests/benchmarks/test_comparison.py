@@ -182,7 +182,7 @@ def test_diverged():
 
 @pytest.mark.parametrize("classes", [2, 3, 10])
 def test_groups_are_all_of_the_classes(classes):
-    groups = longtail.groups(classes)
+    groups = comparison.groups(classes)
     assert list(groups) == ["many", "medium", "few"][:: 2 if classes == 2 else 1]
     parts = [np.arange(classes)[part] for part in groups.values()]
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(classes))

@@ -135,6 +135,21 @@ def test_elr_teacher(step):
         check_slopes(grads, lambda p, t=targets, c=coefficient: regularised(p, t, c), params)
 
 
+@pytest.mark.usefixtures("users_promotion")
+def test_teacher_score(step):
+    """What is weighted by are the losses of the teacher; at λ = ∞ the step is the plain one."""
+    way = methods.teacher_score()
+    memory, seen = way.init(jnp.asarray(PARAMS), 10, 4, 2), []
+    for _ in range(3):
+        params = RNG.normal(size=PARAMS.shape)
+        seen.append(params)
+        value, each, memory, grads = step(way, memory, params=params)
+        teacher = np.average(seen, axis=0, weights=0.997 ** np.arange(len(seen))[::-1])
+        np.testing.assert_allclose(value, losses(teacher).mean())
+        np.testing.assert_allclose(each, losses(params))
+        np.testing.assert_allclose(grads, gradients(params).mean(axis=0))
+
+
 def test_learning_to_reweight(step):
     value, each, _, grads = step(methods.WAYS["l2rw"]())
     of_clean = gradients(PARAMS, CLEAN_X, EYE[CLEAN_Y]).mean(axis=0)

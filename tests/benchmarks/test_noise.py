@@ -105,6 +105,24 @@ def test_draw():
     np.testing.assert_array_equal(test.group, labels[:9])
 
 
+def test_draw_of_rare_classes():
+    """Labels are flipped after classes were thinned; the others are followed by rank."""
+    images, labels = np.zeros((3000, 2, 2, 1), np.uint8), np.arange(3000) % 3
+    splits = Split(images, labels), Split(images[:9], labels[:9])
+    draw, drawn = noise.make_draw(*splits, "symmetric:0.4", 600, 0.2, imbalance=0.25), set()
+    for seed in range(5):
+        train, test, _ = draw(seed, False)
+        sizes = np.bincount(labels[train.index])
+        assert sorted(sizes) == [50, 100, 200]
+        assert train.group.sum() == np.sum(train.label != labels[train.index]) == 0.4 * 350
+        np.testing.assert_array_equal(test.label, labels[:9])
+        np.testing.assert_array_equal(test.group, np.argsort(np.argsort(-sizes))[labels[:9]])
+        drawn.add(tuple(sizes))
+    assert len(drawn) > 1
+    searched, held_out, _ = draw(0, True)
+    assert (len(searched.label), len(held_out.label)) == (280, 70)
+
+
 def test_precision():
     wrong = np.array([0, 1, 1, 0, 1, 0])
     assert noise.precision(wrong, np.array([0.1, 5, 3, 4, 0.2, 0.3])) == pytest.approx(2 / 3)
@@ -143,3 +161,8 @@ def test_table(tmp_path):
     [row] = rows((tmp_path / "table.md").read_text())
     assert row == ["instance 0.4", "gce", "-1", "0.1", *cells, "0.25", "1 of 2"]
     assert cells[:2] == ["70.0 ± 28.3", "75.0 ± 21.2"]
+
+    config = noise.Config(out=tmp_path, imbalance=0.5)
+    noise.write(config, {("instance 0.4", "gce"): [(result, found)]})
+    [row] = rows((tmp_path / "table.md").read_text())
+    assert row[4:6] == ["70.0 ± 28.3", mean_std([40, 90])]  # the second class is the rare one
