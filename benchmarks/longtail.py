@@ -36,7 +36,6 @@ class Config(comparison.Config):
     seeds: Annotated[int, SEEDS] = 10  # number of seeds that are reported
     imbalance: Annotated[float, ABOVE_0] = 0.05  # images of the smallest class / largest
     largest: Annotated[int | None, FROM_1] = None  # training images of it; all, if not given
-    tested: Annotated[int | None, FROM_1] = None  # test images of a class; all, if not given
     # points of validation accuracy that a choice may cost, for more on the rare classes
     give: Annotated[float, NOT_NEGATIVE] = 0.0
 
@@ -47,7 +46,6 @@ def make_draw(
     imbalance: float,
     validation: float,
     largest: int | None = None,
-    tested: int | None = None,
 ) -> Draw:
     """Long-tailed splits of the labels; a label is its class's rank, 0 having the most images."""
     classes = train.max() + 1
@@ -61,8 +59,6 @@ def make_draw(
             size = int(validation * class_counts(labels[pool], classes).min())
             parts = slice(size), slice(size, None)
             held_out, pool = (of_each(pool, labels[pool], part) for part in parts)
-        else:
-            held_out = of_each(held_out, labels[held_out], slice(tested))
         least = class_counts(labels[pool], classes).min()
         if largest and largest > least:
             raise ValueError(
@@ -168,10 +164,7 @@ def main() -> None:
     train, test = comparison.load(config)
     classes = int(train.labels.max()) + 1
     images = comparison.on_device(config, train, test)
-    draw = make_draw(
-        *(train.labels, test.labels, config.imbalance, config.validation),
-        *(config.largest, config.tested),
-    )
+    draw = make_draw(train.labels, test.labels, config.imbalance, config.validation, config.largest)
     chosen = functools.partial(choose, give=config.give)
     results = []
     plain = dataclasses.replace(config, temperatures=())

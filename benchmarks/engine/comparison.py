@@ -95,6 +95,7 @@ class Config(training.Config):
 
     dataset: Literal[*datasets.NAMES] = "digits"  # what to train on
     data_dir: pathlib.Path | None = None  # folder with the files of the data set
+    tested: Annotated[int | None, FROM_1] = None  # test images of a class; all, if not given
     seeds: Annotated[int, SEEDS] = 5  # number of seeds that are reported
     search_seeds: Annotated[int, FROM_1] = 5  # seeds of every setting of the search
     # share of the smallest class that the search holds out of every class
@@ -133,7 +134,9 @@ def load(config: Config) -> tuple[Split, Split]:
     if config.fine_tune_from > blocks:
         fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
     with refusing():
-        return datasets.load(config.dataset, config.data_dir)
+        train, test = datasets.load(config.dataset, config.data_dir)
+    kept = np.sort(of_each(np.arange(len(test.labels)), test.labels, slice(config.tested)))
+    return train, Split(test.images[kept], test.labels[kept])
 
 
 def of_each(index: np.ndarray, labels: np.ndarray, part: slice) -> np.ndarray:

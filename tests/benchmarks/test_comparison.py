@@ -98,13 +98,21 @@ def test_no_values(compare):
     assert list(results) == ["arb SGD"]
 
 
+def test_tested():
+    """As many test images of every class, in their order."""
+    (_, whole), (_, test) = map(comparison.load, (noise.Config(), noise.Config(tested=7)))
+    assert np.bincount(test.labels).tolist() == [7] * 10
+    first = np.flatnonzero(whole.labels == test.labels[-1])[6]
+    np.testing.assert_array_equal(test.images[-1], whole.images[first])
+
+
 def test_draw():
     """Class sizes are those that were asked for, and no image is met twice."""
     train, test = np.arange(2000) % 4, np.arange(400) % 4
-    draw = longtail.make_draw(train, test, 0.125, 0.1, largest=80, tested=30)
+    draw = longtail.make_draw(train, test, 0.125, 0.1, largest=80)
     kept, tested, _ = draw(0, False)
     assert np.bincount(kept.label).tolist() == [80, 40, 20, 10]
-    assert np.bincount(tested.label).tolist() == [30] * 4
+    assert np.bincount(tested.label).tolist() == [100] * 4
     searched, held_out, clean = draw(0, True)
     assert np.bincount(searched.label).tolist() == [80, 40, 20, 10]
     assert np.bincount(held_out.label).tolist() == [50] * 4
