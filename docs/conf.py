@@ -77,7 +77,8 @@ def write_tables(app):
         pages[benchmark(folder)] += f"\n## {folder}\n\n{table.read_text()}"
     TABLES.mkdir(exist_ok=True)
     for name, text in pages.items():
-        (TABLES / f"{name}.md").write_text(f"# {name}\n{CONTENTS}{text}")
+        contents = CONTENTS if text.count("\n## ") > 1 else ""
+        (TABLES / f"{name}.md").write_text(f"# {name}\n{contents}{text}")
 
 
 def benchmark(folder):
