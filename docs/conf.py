@@ -3,6 +3,7 @@
 Sphinx, as the docstrings are reST like optax's; MyST, as the pages are Markdown that GitHub shows.
 """
 
+import collections
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+TABLES = ROOT / "docs" / "tables"  # written anew by each build
 
 project = "absgd_jax"
 author = "The absgd_jax authors"
@@ -44,7 +46,7 @@ pygments_style = "default"  # in which a diff is red and green
 
 # Long pages that don't list their sections themselves. The class tells furo that this is meant, as
 # its own list is behind a button on most screens.
-WITH_CONTENTS = ("choose", "reference", "results/longtail", "results/noise", "tables")
+WITH_CONTENTS = ("choose", "reference", "results/longtail", "results/noise")
 CONTENTS = """
 ```{contents}
 :local:
@@ -53,19 +55,39 @@ CONTENTS = """
 ```
 """
 
-# Files outside docs/ that have a page of the site.
-PAGES = {"benchmarks/README.md": "docs/results.md", "CHANGELOG.md": "docs/changelog.md"}
+# Files and folders outside docs/ that have a page of the site.
+PAGES = {
+    "benchmarks/README.md": "docs/results.md",
+    "benchmarks/results": "docs/tables.md",
+    "CHANGELOG.md": "docs/changelog.md",
+}
 
 
 def setup(app):
+    app.connect("builder-inited", write_tables)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)
 
 
+def write_tables(app):
+    """A page for each benchmark, with the tables of all its folders."""
+    pages = collections.defaultdict(str)
+    for table in sorted(RESULTS.glob("*/table.md")):
+        folder = table.parent.name
+        pages[benchmark(folder)] += f"\n## {folder}\n\n{table.read_text()}"
+    TABLES.mkdir(exist_ok=True)
+    for name, text in pages.items():
+        contents = CONTENTS if text.count("\n## ") > 1 else ""
+        (TABLES / f"{name}.md").write_text(f"# {name}\n{contents}{text}")
+
+
+def benchmark(folder):
+    """The one that wrote the folder of results, by the command above its table."""
+    table = (RESULTS / folder / "table.md").read_text()
+    return re.match(r"`python -m benchmarks(?:\.(\w+))? ", table)[1] or "tour"
+
+
 def read_page(app, page, text):
-    if page == "tables":
-        for table in sorted(RESULTS.glob("*/table.md")):
-            text[0] += f"\n## {table.parent.name}\n\n{table.read_text()}"
     if page in WITH_CONTENTS:
         text[0] = text[0].replace("\n", f"\n{CONTENTS}", 1)  # below the title
     text[0] = to_pages(text[0], f"docs/{page}")
@@ -82,10 +104,10 @@ def to_pages(text, file):
         path, mark, heading = link[0].partition("#")
         path = os.path.normpath(os.path.join(os.path.dirname(file), path))
         path = PAGES.get(path, path)
-        folder = re.fullmatch(r"benchmarks/results(?:/([^/]+))?(?:/table\.md)?", path)
+        folder = re.fullmatch(r"benchmarks/results/([^/]+)(?:/table\.md)?", path)
         if folder:
-            path, mark = "docs/tables.md", "#"
-            heading = (folder[1] or "all-tables").replace(".", "")
+            path, mark = f"docs/tables/{benchmark(folder[1])}.md", "#"
+            heading = folder[1].replace(".", "")
         return f"/{os.path.relpath(path, 'docs')}{mark}{heading}"
 
     text = re.sub(r"^(\s*)%", r"\1\%", text, flags=re.MULTILINE)  # or MyST reads a comment

@@ -21,6 +21,7 @@ import absgd_jax
 ROOT = pathlib.Path(__file__).parents[2]
 REFERENCE, MATHS = ROOT / "docs" / "reference.md", ROOT / "docs" / "maths.md"
 BENCHMARKS, RESULTS = ROOT / "benchmarks" / "README.md", ROOT / "docs" / "results"
+TABLES = ROOT / "benchmarks" / "results"
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *RESULTS.glob("*.md"), BENCHMARKS]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 WITH_CODE = [page for page in PAGES if BLOCK.search(page.read_text())]
@@ -100,6 +101,14 @@ def test_commands_are_understood(page):
     assert commands
     for command in commands:
         assert_is_understood(*shlex.split(command))
+
+
+@pytest.mark.parametrize("table", sorted(TABLES.glob("*/table.md")), ids=name_of)
+def test_tables_have_their_command(table):
+    """Above them; the site puts them on the page of its benchmark."""
+    command = re.match(r"`(.*)`\n", table.read_text())[1]
+    assert command.endswith(f" --out {table.parent.relative_to(ROOT)}")
+    assert_is_understood(*shlex.split(command))
 
 
 def assert_is_understood(python, m, module, *flags):
