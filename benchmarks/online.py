@@ -38,7 +38,7 @@ from tqdm import tqdm
 from absgd_jax import absgd, losses, target_ess, tilt
 from benchmarks.engine import datasets, layers, plots, report
 from benchmarks.engine.comparison import diverged
-from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing
+from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, Must, POSITIVE, read, refusing
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.search import search, SEEDS, seeds_of
 
@@ -46,6 +46,7 @@ LOSSES = ("cross_entropy", "stale prior", "running", "arb", "true prior")
 OPTIMIZERS = ("SGD", "ABSGD", "ABSGD, automatic")
 RARE = 0.3  # share of the classes that are rare at a time
 TENTHS = 10
+EVERY_TENTH = Must(f"be a whole number from {TENTHS} on", lambda n: n >= TENTHS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Config(BaseConfig):
     out: pathlib.Path = pathlib.Path("out/online")  # folder to write to
     dataset: Literal[*datasets.NAMES] = "digits"  # what the streams are drawn from
     data_dir: pathlib.Path | None = None  # folder with the files of the data set
-    examples: Annotated[int, FROM_1] = 1280  # of a stream; a multiple of every batch size
+    examples: Annotated[int, EVERY_TENTH] = 1280  # of a stream; a multiple of every batch size
     batch_sizes: Annotated[tuple[int, ...], FROM_1] = (4, 16, 64)  # each is a part of the results
     imbalance: Annotated[float, ABOVE_0] = 0.02  # share of the rarest class / most frequent, ρ
     hidden: Annotated[int, FROM_1] = 64  # width of the network's one hidden layer

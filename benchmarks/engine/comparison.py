@@ -78,13 +78,14 @@ def stages(temperature: str) -> list[tuple[float, float]]:
 def is_temperature(text: str) -> bool:
     starts, values = zip(*stages(text), strict=True)
     sizes = [abs(value) for value in values]
-    sound = 0 < sizes[0] < 1 and len(sizes) == 1 if is_automatic(text) else min(sizes) > 0
+    most = 1 if is_automatic(text) else math.inf
+    sound = all(0 < size < most for size in sizes) and len(sizes) <= most
     return sound and list(starts) == sorted(starts) and starts[0] >= 0 and starts[-1] < 1
 
 
 TEMPERATURE = Must(
-    "be a λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or 0.5:10,0.8:5, or one "
-    "effective sample size, such as ess0.5 or 0.5:ess-0.7",
+    "be a finite λ other than 0, from a share of the epochs on, such as 5, 0.8:5 or 0.5:10,0.8:5, "
+    "or one effective sample size, such as ess0.5 or 0.5:ess-0.7",
     is_temperature,
 )
 

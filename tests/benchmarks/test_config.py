@@ -42,7 +42,7 @@ BAD = {
     config.ABOVE_0: [0.0, 1.1, float("nan")],
     config.INSIDE: [0.0, 1.0, float("nan")],
     comparison.TEMPERATURE: [
-        *("0", "nan", "hot", "", "0.8:5,0.5:2", "1:5", "-0.1:5", "nan:5"),
+        *("0", "nan", "hot", "", "0.8:5,0.5:2", "1:5", "-0.1:5", "nan:5", "inf"),
         *("ess1.5", "ess0", "1:ess0.5", "5,0.8:ess0.5"),
     ],
     config.OR_NONE: [],
@@ -52,6 +52,7 @@ BAD = {
         *("cross_entropy+mixup:0", "cross_entropy+mixup:inf", "cvar:0", "cvar:1.1", "cvar:-1+sam"),
         *("balanced_softmax:-1", "focal:nan", "label_smoothing:2", "cb_drw:1.1"),
     ],
+    online.EVERY_TENTH: [9, -1],
     outliers.MANY: [15, -1],
     segmentation.ONE: ["0.5:10,0.8:5"],
     **{
