@@ -12,6 +12,10 @@ them. Accuracies on the test split are means over subclasses.
     JTT               a second model, with k times the weight on what a first, of SGD, got wrong
                       (Liu et al. 2021, arXiv 2107.09044)
     early weights     a second model, with the weights exp(l / λ) of the losses l of the first
+    AFR               the last layer of a first model, trained again on a fifth of the training
+                      examples, which that model has not seen: the weights are exp(-γ p) of the
+                      probability p of the right label, over the size of the class, and the layer
+                      is pulled to where it was (Qiu et al. 2023, arXiv 2306.11074); with --methods
     subclass weights  the inverse of the subclass's size: told what is hidden from the others
     group DRO         weights of subclasses by exponentiated gradient, told the same
                       (Sagawa et al. 2020, arXiv 1911.08731)
@@ -27,6 +31,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
 from absgd_jax import Sums
 from benchmarks.engine import comparison, config, methods, plots, report
@@ -42,9 +48,16 @@ GRIDS = {
     "CVaR": ("0.1", "0.3", "0.6"),  # share
     "JTT": ("0.05:5", "0.05:20", "0.25:5", "0.25:20"),  # k
     "early weights": ("0.05:0.5", "0.25:0.5"),  # effective sample size
+    "AFR": (  # γ and the pull
+        *("0.5/0", "0.5/0.2", "1/0", "1/0.2", "2/0", "2/0.2", "4/0", "4/0.2", "14/0.2"),
+    ),
     "subclass weights": ("",),
     "group DRO": ("0.01", "0.1"),  # rate
 }
+# Of AFR, as its authors have them on Waterbirds; a step takes all that was held out.
+AFR_SHARE = 0.2  # of the training examples
+AFR_RATE = 0.02
+AFR_STEPS = 500
 RULES = ("accuracy", "mean over subclasses")  # of the validation split
 
 
@@ -63,6 +76,8 @@ class Config(comparison.Config):
         *("0.5", "2", "5", "0.5:0.5", "0.5:2"),
         *("ess0.5", "ess0.9", "0.5:ess0.5", "0.5:ess0.9"),
     )
+    # beside SGD and ABSGD
+    methods: Annotated[tuple[Literal[*GRIDS], ...], OR_NONE] = tuple(m for m in GRIDS if m != "AFR")
     schedule: Literal["step", "cosine", "constant"] = "cosine"  # of the learning rate
     warm_up: Annotated[float, BELOW_1] = 0.0  # share of the epochs
 
@@ -71,7 +86,8 @@ class Config(comparison.Config):
         """What there is to choose from, by method."""
         automatic = tuple(filter(comparison.is_automatic, self.temperatures))
         fixed = tuple(itertools.filterfalse(comparison.is_automatic, self.temperatures))
-        grids = {"SGD": (SGD,), "ABSGD": fixed, "ABSGD, automatic": automatic} | GRIDS
+        grids = {"SGD": (SGD,), "ABSGD": fixed, "ABSGD, automatic": automatic}
+        grids |= {method: grid for method, grid in GRIDS.items() if method in self.methods}
         return {method: grid for method, grid in grids.items() if grid}
 
 
@@ -177,6 +193,63 @@ def early_weights(losses: np.ndarray, wrong: np.ndarray, ess: float) -> np.ndarr
 WEIGHTS = {"JTT": jtt_weights, "early weights": early_weights}  # of a second model
 
 
+def hold_out(draw: Draw) -> Draw:
+    """The same splits, but with AFR's share of the training examples in front of the evaluation."""
+
+    def drawn(seed: int, search: bool) -> tuple[Examples, ...]:
+        train, evaluation, clean = draw(seed, search)
+        order = np.random.default_rng(seed).permutation(len(train.label))
+        held_out, kept = np.split(order, [round(AFR_SHARE * len(order))])
+        pairs = zip(train, evaluation, strict=True)
+        evaluation = Examples(*(np.concatenate([t[held_out], e]) for t, e in pairs))
+        return Examples(*(leaf[kept] for leaf in train)), evaluation, clean
+
+    return drawn
+
+
+@jax.jit
+def second_heads(
+    x: ArrayLike, y: ArrayLike, head: jax.Array, gamma: float, pull: float
+) -> tuple[jax.Array, jax.Array]:
+    """The heads after every step of AFR, and their mean losses, from features and a first head."""
+
+    def losses(head):
+        return optax.softmax_cross_entropy_with_integer_labels(x @ head, y)
+
+    right = jnp.exp(-losses(head))  # probabilities
+    weights = jnp.exp(-gamma * right) / jnp.bincount(y, length=head.shape[1])[y]
+    weights /= weights.sum()
+
+    def step(new, _):
+        def objective(new):
+            each = losses(new)
+            return weights @ each + pull * jnp.sum((new - head) ** 2), each.mean()
+
+        grads, mean = jax.grad(objective, has_aux=True)(new)
+        new -= AFR_RATE * grads
+        return new, (new, mean)
+
+    return jax.lax.scan(step, head, length=AFR_STEPS)[1]
+
+
+def afr(first: Trained, evaluation: list[Examples], held_out: int, text: str) -> Trained:
+    """What AFR makes of first models, whose ``evaluation`` begins with what was held out.
+
+    It is recorded as often as they were.
+    """
+    epochs, _, groups = first.history["accuracy"].shape
+    shown = np.linspace(AFR_STEPS / epochs, AFR_STEPS, epochs).round().astype(int) - 1
+    accuracy, losses = [], []
+    for x, head, (_, y, group) in zip(first.features, first.head, evaluation, strict=True):
+        heads, means = second_heads(x[:held_out], y[:held_out], head, *map(float, text.split("/")))
+        right = (x[held_out:] @ np.asarray(heads)[shown]).argmax(axis=-1) == y[held_out:]
+        of_group = (right[:, group[held_out:] == g].mean(axis=1) for g in range(groups))
+        accuracy.append(np.stack(list(of_group), axis=1))
+        losses.append(np.asarray(means)[shown])
+    history = {"accuracy": np.stack(accuracy, axis=1), "mean_loss": np.stack(losses, axis=1)}
+    return Trained(history, None, None)
+
+
 def train_each(
     c: Config, images: Images, draw: Draw, train: Train, settings: list[Setting], searching: bool
 ) -> dict[Setting, Trained]:
@@ -188,12 +261,19 @@ def train_each(
     told = [inverse_sizes(g) for g in group]
 
     def fit(
-        c: Config, name: str, method: str, settings: list[Setting], weights: Any = None
+        c: Config,
+        name: str,
+        method: str,
+        settings: list[Setting],
+        weights: Any = None,
+        *,
+        draw: Draw = draw,
+        features: bool = False,
     ) -> dict[Setting, Trained]:
         """Trains settings that are one program; ``weights`` are those of its runs."""
         if not settings:
             return {}
-        task = Task(images, groups // 2, groups, evaluated, parse(method, WAYS))
+        task = Task(images, groups // 2, groups, evaluated, parse(method, WAYS), features)
         lams = (s.text if s.method.startswith("ABSGD") else SGD for s in settings)
         pairs = zip(lams, settings, strict=True)
         tuned = [comparison.Setting(lam, s.learning_rate, c.gamma) for lam, s in pairs]
@@ -209,6 +289,13 @@ def train_each(
     found |= fit(c, "automatic", "cross_entropy", of["ABSGD, automatic"])
     for method, those in by_text("cvar", of["CVaR"]).items():
         found |= fit(c, method, method, those)
+    held_out = hold_out(draw)
+    evaluation = [held_out(seed, searching)[1] for seed in seeds]
+    size = len(evaluation[0].label) - len(draw(seeds[0], searching)[1].label)
+    firsts = {s: s._replace(method="SGD", text=SGD) for s in of["AFR"]}
+    those = list(dict.fromkeys(firsts.values()))
+    first = fit(c, "first-afr", "cross_entropy", those, draw=held_out, features=True)
+    found |= {s: afr(first[firsts[s]], evaluation, size, s.text) for s in firsts}
     weights = dict.fromkeys(of["subclass weights"], told)
     # The share of the epochs that the first model is trained for, and a number.
     seconds = {s: comparison.stages(s.text)[0] for s in of["JTT"] + of["early weights"]}

@@ -18,6 +18,9 @@ The methods, beside SGD and a fixed λ, are automatic temperatures:
                         at most; see ``lifted``
     ESS 0.6, within     of losses less the level of their class, so that no class gains or loses
                         weight; see ``levels``
+
+and, with --methods, RGD, whose weights are not normalised: exp(min(l, τ) / (τ + 1)) of the loss l,
+or exp(l / (τ + 1)) unclipped (Kumar et al. 2024, arXiv 2306.09222).
 """
 
 import dataclasses
@@ -26,7 +29,7 @@ import math
 import pathlib
 from collections.abc import Mapping
 from itertools import product
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +41,7 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import StratifiedKFold
 from tqdm import tqdm
 
-from absgd_jax import absgd, get_temperature, losses, target_ess, tilt, two_stage
+from absgd_jax import abadam, absgd, get_temperature, losses, target_ess, tilt, two_stage
 from absgd_jax.data import class_counts, flip_labels, long_tailed_indices
 from benchmarks.engine import config, datasets, layers, plots, report
 from benchmarks.engine.comparison import diverged
@@ -52,13 +55,15 @@ SKLEARN = ("breast_cancer", "digits", "iris", "wine")
 
 
 class Rule(NamedTuple):
-    """What λ is."""
+    """What λ is, or the τ of RGD."""
 
-    number: float  # λ, or the effective sample size of an automatic one with the sign of λ
+    number: float  # λ; the effective sample size of an automatic one, with the sign of λ; or τ
     begin: float = 0.0  # share of the steps before it
     automatic: bool = False
     lift: float = math.inf  # of the rarest class, at most
     within: bool = False  # classes
+    rgd: bool = False  # whether the number is a τ
+    clipped: bool = True  # the losses of RGD, at τ
 
 
 class Setting(NamedTuple):
@@ -72,17 +77,19 @@ class Setting(NamedTuple):
 
 
 ESS = functools.partial(Rule, automatic=True)
+OPTIMIZERS = {"SGD": absgd, "Adam": abadam}  # at an infinite λ they are what they are called
+RGD = functools.partial(Rule, rgd=True)
 RARE = {
-    "SGD": (Rule(math.inf),),
     "fixed λ": (Rule(1.0), Rule(5.0), Rule(20.0)),
     "ESS 0.5": (ESS(0.5),),
     "ESS 0.9": (ESS(0.9),),
     "ESS 0.9, later": (ESS(0.9, 0.5),),
     "ESS 0.99": (ESS(0.99),),
     "ESS 0.9, lift 1.25": (ESS(0.9, lift=1.25),),
+    "RGD": (RGD(1.0), RGD(3.0), RGD(9.0)),
+    "RGD, unclipped": (RGD(1.0, clipped=False), RGD(3.0, clipped=False), RGD(9.0, clipped=False)),
 }
 WRONG = {
-    "SGD": (Rule(math.inf),),
     "fixed λ": (Rule(-0.5), Rule(-1.0), Rule(-2.0), Rule(-1.0, 0.2)),
     "ESS 0.8": (ESS(-0.8, 0.2),),
     "ESS 0.6": (ESS(-0.6, 0.2),),
@@ -127,6 +134,10 @@ class Config(config.Config):
     folds: Annotated[int, config.FROM_2] = 5  # of a cross-validation
     shuffles: Annotated[int, FROM_1] = 1  # number of cross-validations
     validation: Annotated[float, INSIDE] = 0.25  # share of a fold held out, for the search
+    # on tables with rare classes, losses and methods beside the optimiser alone
+    losses: tuple[Literal[*OF_RARE], ...] = OF_RARE
+    methods: tuple[Literal[*RARE], ...] = tuple(RARE)[:6]
+    optimizer: Literal[*OPTIMIZERS] = "SGD"  # behind the weights
     steps: Annotated[int, FROM_1] = 300  # of a run
     batch_size: Annotated[int, FROM_1] = 32  # examples a step
     hidden: Annotated[tuple[int, ...], FROM_1, OR_NONE] = (32, 32)  # widths of the hidden layers
@@ -171,6 +182,8 @@ class Run(NamedTuple):
     number: Any
     begin: Any
     within: Any
+    tau: Any  # of RGD; infinite, if it is another method
+    cap: Any  # of RGD's losses
 
 
 def load(text: str, data_dir: pathlib.Path | None) -> Table:
@@ -299,7 +312,7 @@ def train(
     fold = jax.tree.map(lambda leaf: leaf[run.fold], folds)
     init_value = jnp.copysign(jnp.inf, run.number)
     tuned = target_ess(abs(run.number), init_value=init_value) if automatic else run.number
-    tx = absgd(
+    tx = OPTIMIZERS[c.optimizer](
         optax.cosine_decay_schedule(run.learning_rate, c.steps),
         two_stage(tuned, run.begin),
         weight_decay=run.weight_decay,
@@ -314,6 +327,7 @@ def train(
         each = jnp.stack([loss(z, y, fold) for loss in LOSSES.values()])[run.loss]
         level = levels(jax.lax.stop_gradient(each), y, classes, get_temperature(opt_state))
         each = each - jnp.where(run.within, level[y], 0)
+        each *= jnp.exp(jax.lax.stop_gradient(jnp.minimum(each, run.cap)) / (run.tau + 1))
         return tilt(each, opt_state, sums).mean(), jnp.isfinite(each).all()
 
     params, finite = layers.learn(tx, loss_fn, params, fold.batches)
@@ -350,7 +364,10 @@ def evaluate(
         runs = [
             Run(
                 *(fold, tuple(LOSSES).index(s.loss), s.learning_rate, s.weight_decay),
-                *(lifted(s.rule, share[fold]), round(s.rule.begin * c.steps), s.rule.within),
+                math.inf if s.rule.rgd else lifted(s.rule, share[fold]),
+                *(round(s.rule.begin * c.steps), s.rule.within),
+                tau=s.rule.number if s.rule.rgd else math.inf,
+                cap=s.rule.number if s.rule.rgd and s.rule.clipped else math.inf,
             )
             for s, fold in group
         ]
@@ -369,7 +386,10 @@ def cross_validate(
     reported = c.folds * c.shuffles
     counts = folds.counts[reported:]
     share = np.mean(counts.min(axis=1) / counts.sum(axis=1))
-    methods, names = (WRONG, OF_WRONG) if flip else (RARE, OF_RARE)
+    methods, names = {m: RARE[m] for m in c.methods}, c.losses
+    if flip:
+        methods, names = WRONG, OF_WRONG
+    methods = {c.optimizer: (Rule(math.inf),), **methods}
     grids = {}
     for loss, (method, rules) in product(names, methods.items()):
         choices = product(rules, c.learning_rates, c.weight_decays)
@@ -405,10 +425,11 @@ def of_tables(records: list[dict[str, Any]], measure: str) -> np.ndarray:
 
 def summary(results: list[dict[str, Any]]) -> str:
     """Means over tables; of the difference from SGD, paired by table, ± the standard error."""
-    figures = "balanced accuracy", "over SGD", "average precision", "over SGD", "worst", "over SGD"
+    over = f"over {results[0]['method']}"
+    figures = "balanced accuracy", over, "average precision", over, "worst", over
     rows = [("flipped", "loss", "method", *figures, "next to a guess", "one class")]
     for (flip, loss, method), found in grouped(results, "flipped", "loss", "method").items():
-        if method == "SGD":
+        if method in OPTIMIZERS:
             plain = found
         row = [f"{flip:g}", loss, method]
         for name in ("balanced", "precision", "worst"):
@@ -425,9 +446,9 @@ def by_table(results: list[dict[str, Any]]) -> str:
     """Balanced accuracy with SGD, over folds, and the mean difference from it of each method."""
     parts = []
     for flipped in (False, True):
-        methods = tuple(WRONG if flipped else RARE)
-        rows = [("table", "flipped", "share", "loss", *methods)]
         chosen = [r for r in results if bool(r["flipped"]) == flipped]
+        methods = dict.fromkeys(r["method"] for r in chosen)
+        rows = [("table", "flipped", "share", "loss", *methods)]
         for (text, flip, loss), found in grouped(chosen, "table", "flipped", "loss").items():
             plain, *others = (np.array(record["balanced"]) for record in found)
             cells = [f"{np.mean(x - plain):+.1f}" for x in others]
@@ -449,26 +470,27 @@ def grouped(
 
 def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     """The difference from SGD over the share of the rarest class: a dot a table."""
-    shown = {"ESS 0.5": "C1", "ESS 0.9": "C0", "ESS 0.9, lift 1.25": "C2"}
-    panels = {loss: [r for r in results if r["loss"] == loss] for loss in OF_RARE}
+    colors = {"ESS 0.5": "C1", "ESS 0.9": "C0", "ESS 0.9, lift 1.25": "C2", "RGD": "C3"}
+    panels = grouped([r for r in results if not r["flipped"]], "loss")
     size = 1 + 2.4 * len(panels), 3.2
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True)
-    for panel, (loss, records) in zip(axes, panels.items(), strict=True):
-        groups = grouped([r for r in records if not r["flipped"]], "method")
-        plain = groups["SGD",]
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False)
+    for panel, ((loss,), records) in zip(axes[0], panels.items(), strict=True):
+        (_, plain), *others = grouped(records, "method").items()
         share = 100 * np.array([record["share"] for record in plain])
-        for method, color in shown.items():
-            gain = of_tables(groups[method,], "balanced") - of_tables(plain, "balanced")
-            panel.scatter(share, gain, 14, color, linewidths=0, alpha=0.8, label=method)
+        for (method,), found in others:
+            if method not in colors:
+                continue
+            gain = of_tables(found, "balanced") - of_tables(plain, "balanced")
+            panel.scatter(share, gain, 14, colors[method], linewidths=0, alpha=0.8, label=method)
         panel.axhline(0, color="black", lw=0.6)
         panel.set_xscale("log")
         panel.set_xticks([2, 5, 10, 20, 40], ["2", "5", "10", "20", "40"])
         panel.minorticks_off()
         panel.set_title(loss)
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside upper center", ncols=len(shown))
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=max(len(labels), 1))
     figure.supxlabel("training examples of the rarest class, %")
-    figure.supylabel("balanced accuracy over SGD, points")
+    figure.supylabel(f"balanced accuracy over {results[0]['method']}, points")
     plots.save(figure, path)
 
 

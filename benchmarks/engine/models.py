@@ -35,10 +35,14 @@ class Classifier(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits [B, classes] of images [B, H, W, channels]; cosines if ``normalized``."""
+        x = self.features(x)
+        return normalized_logits(x, self.head.kernel[...]) if self.normalized else self.head(x)
+
+    def features(self, x: jax.Array) -> jax.Array:
+        """What the head sees of images."""
         for block in self.blocks:
             x = block(x)
-        x = x.reshape(len(x), -1).astype(jnp.float32)
-        return normalized_logits(x, self.head.kernel[...]) if self.normalized else self.head(x)
+        return x.reshape(len(x), -1).astype(jnp.float32)
 
 
 class Dense(nnx.Module):

@@ -133,6 +133,7 @@ class Task(NamedTuple):
     groups: int  # of the training examples
     evaluated: int  # groups of the others
     method: Method
+    features: bool = False  # whether what the head sees of the evaluation split is kept
 
 
 class Run(NamedTuple):
@@ -166,7 +167,8 @@ class Program(NamedTuple):
     shuffle: Callable[[Run, int], Any]  # the batches of an epoch, by its number: [steps, ...]
     step: Callable[[TrainState, Run, Images, Any], tuple[TrainState, History]]  # of a batch
     accuracy: Callable[[TrainState, Run, Images], jax.Array]  # of each group that is evaluated
-    # "losses" of the training examples, and whether they are classified "wrong".
+    # "losses" of the training examples, and whether they are classified "wrong"; if the task asks
+    # for them, "features" of the evaluation split, and the "head".
     outcome: Callable[[TrainState, Run, Images], dict[str, jax.Array]]
 
 
@@ -177,12 +179,15 @@ class Trained(NamedTuple):
     # Of every training example at the end, [runs, examples].
     losses: Any
     wrong: Any  # whether it is classified wrongly
+    # If the task asks for them; their product is the logits of the evaluation split.
+    features: Any = None  # what the head sees, and a 1: [runs, examples, features]
+    head: Any = None  # the kernel, and below it the bias: [runs, features, classes]
 
 
 def pick(trained: Trained, rows: slice) -> Trained:
     """Some of the runs."""
     history = {k: x[:, rows] for k, x in trained.history.items()}
-    return Trained(history, trained.losses[rows], trained.wrong[rows])
+    return Trained(history, *jax.tree.map(lambda x: x[rows], trained[1:]))
 
 
 def schedule(config: Config, steps: int) -> optax.Schedule:
@@ -330,12 +335,14 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
         state = TrainState(params, other, opt_state, state.step + 1, memory)
         return state, {"mass": mass, **scalars}
 
-    def logits(state, images, index):
+    def of_each(function, images, index):
         """Of any number of examples, a part of them at a time."""
-        model = nnx.merge(evaluated, state.params, state.other)
         parts = jnp.pad(index, (0, -len(index) % EVALUATED_AT_ONCE)).reshape(-1, EVALUATED_AT_ONCE)
-        each = jax.lax.map(lambda part: model(images[part]), parts)
-        return each.reshape(-1, task.classes)[: len(index)]
+        each = jax.lax.map(lambda part: function(images[part]), parts)
+        return each.reshape(-1, each.shape[-1])[: len(index)]
+
+    def logits(state, images, index):
+        return of_each(nnx.merge(evaluated, state.params, state.other), images, index)
 
     def accuracy(state, run, images):
         index, label, group = run.evaluation
@@ -346,7 +353,13 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
     def outcome(state, run, images):
         z, y = logits(state, images, run.train.index), run.train.label
         losses = task.method.loss(z, y, run.class_counts, state.step >= second_stage)
-        return {"losses": losses, "wrong": z.argmax(axis=-1) != y}
+        found = {"losses": losses, "wrong": z.argmax(axis=-1) != y}
+        if task.features:
+            model = nnx.merge(evaluated, state.params, state.other)
+            features = of_each(model.features, images, run.evaluation.index)
+            found["features"] = jnp.pad(features, ((0, 0), (0, 1)), constant_values=1)
+            found["head"] = jnp.vstack([model.head.kernel[...], model.head.bias[...]])
+        return found
 
     return Program(init, shuffle, step, accuracy, outcome)
 
@@ -430,12 +443,12 @@ def train(
             with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
                 found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
             report.save_finished(done, started, found)
-        parts.append(Trained(found, found.pop("losses"), found.pop("wrong")))
+        outcomes = (found.pop(name, None) for name in Trained._fields[1:])
+        parts.append(Trained(found, *outcomes))
         if folder.exists():
             shutil.rmtree(folder)
-    histories, *outcomes = zip(*parts, strict=True)
-    history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *histories)
-    return Trained(history, *map(np.concatenate, outcomes))
+    history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(p.history for p in parts))
+    return Trained(history, *jax.tree.map(lambda *x: np.concatenate(x), *(p[1:] for p in parts)))
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:

@@ -7,6 +7,7 @@ import pytest
 from absgd_jax import scale_by_attention, tilt
 from benchmarks import subgroups
 from benchmarks.engine.methods import Batch, Parts
+from benchmarks.engine.training import Examples, Trained
 from benchmarks.subgroups import Setting
 from tests.support.commands import difference, mean_std, rows
 
@@ -75,6 +76,77 @@ def test_weights():
     slopes = np.diff(np.log(weights[np.argsort(LOSSES)])) / np.diff(np.sort(LOSSES))
     np.testing.assert_allclose(slopes, slopes[0], rtol=1e-4)  # 1 / λ
     assert slopes[0] > 0
+
+
+class TestAFR:
+    def test_held_out(self):
+        """A fifth of the training examples comes to those that are evaluated, and stands first."""
+        draw = subgroups.make_draw(np.arange(1000) % 10, np.arange(200) % 10, 0.1, 80, 0.25)
+        (train, evaluation, _), (kept, longer, _) = draw(3, True), subgroups.hold_out(draw)(3, True)
+        for before, rest, after, tested in zip(train, kept, longer, evaluation, strict=True):
+            assert len(rest) == 264
+            np.testing.assert_array_equal(after[66:], tested)
+            np.testing.assert_array_equal(np.sort(np.append(rest, after[:66])), np.sort(before))
+        assert not np.intersect1d(kept.index, longer.index).size
+
+    @pytest.mark.usefixtures("users_promotion")
+    @pytest.mark.parametrize(("gamma", "pull"), [(0.0, 0.0), (4.0, 0.2)])
+    def test_second_heads(self, gamma, pull):
+        rng = np.random.default_rng(0)
+        x, y = np.float32(rng.normal(size=(12, 3))), np.array([0] * 7 + [1] * 3 + [2] * 2)
+        first = head = np.float32(rng.normal(size=(3, 3)))
+        heads, losses = subgroups.second_heads(x, y, first, gamma, pull)
+
+        def probabilities(head):
+            p = np.exp(x @ head)
+            return p / p.sum(axis=1, keepdims=True)
+
+        weights = np.exp(-gamma * probabilities(first)[range(12), y]) / np.bincount(y)[y]
+        weights /= weights.sum()
+        for found, loss in zip(heads[:20], losses, strict=False):
+            p = probabilities(head)
+            assert loss == pytest.approx(-np.log(p[range(12), y]).mean(), rel=1e-5)
+            gradient = x.T @ (weights[:, None] * (p - np.eye(3)[y])) + 2 * pull * (head - first)
+            head = head - subgroups.AFR_RATE * gradient
+            np.testing.assert_allclose(found, head, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.usefixtures("users_promotion")
+    def test_accuracy(self):
+        """Of every subclass and seed, at as many of the 500 steps as there are epochs."""
+        rng = np.random.default_rng(0)
+        x, first = (np.float32(rng.normal(size=shape)) for shape in ((2, 52, 3), (2, 3, 2)))
+        group = rng.permuted(np.tile(np.arange(52) % 4, (2, 1)), axis=1)
+        evaluation = [Examples(None, g // 2, g) for g in group]
+        trained = Trained({"accuracy": np.zeros((3, 2, 4))}, None, None, x, first)
+        found = subgroups.afr(trained, evaluation, 12, "4/0.2").history
+        for seed, y in enumerate(group // 2):
+            heads, losses = subgroups.second_heads(x[seed, :12], y[:12], first[seed], 4.0, 0.2)
+            for epoch, step in enumerate((166, 332, 499)):
+                assert found["mean_loss"][epoch, seed] == losses[step]
+                right = (x[seed, 12:] @ heads[step]).argmax(axis=1) == y[12:]
+                expected = [right[group[seed, 12:] == g].mean() for g in range(4)]
+                np.testing.assert_allclose(found["accuracy"][epoch, seed], expected)
+
+    @pytest.mark.slow
+    @pytest.mark.usefixtures("users_promotion")
+    def test_benchmark(self, start, monkeypatch):
+        made = {}
+
+        def afr(first, evaluation, held_out, text, original=subgroups.afr):
+            assert held_out == round(0.2 * (held_out + first.losses.shape[1]))
+            found = original(first, evaluation, held_out, text)
+            made[text] = 100 * found.history["accuracy"][-1]
+            return found
+
+        monkeypatch.setattr(subgroups, "afr", afr)
+        options = "--methods AFR --temperatures --epochs 3 --learning-rates 0.03 --search-seeds 1"
+        results, table, _ = start(subgroups, f"--seeds 2 --batch-size 256 {options}")
+        assert [row[0] for row in rows(table)] == 2 * ["SGD", "AFR"]
+        assert sum(k.startswith("AFR") for k in results["validation"]) == 2 * len(made)
+        for rule in subgroups.RULES:
+            record = results[f"AFR, by {rule}"]
+            tested = made[record["setting"]["text"]][:, 10:]
+            np.testing.assert_allclose(record["accuracy"], tested, rtol=1e-5)
 
 
 @pytest.mark.slow

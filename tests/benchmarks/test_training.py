@@ -45,16 +45,16 @@ def digits():
     return datasets.load("digits")
 
 
-def make_task(config, digits):
-    return training.Task(comparison.on_device(config, *digits), 10, 2, 10, METHOD)
+def make_task(config, digits, **options):
+    return training.Task(comparison.on_device(config, *digits), 10, 2, 10, METHOD, **options)
 
 
-def fit(tmp_path, digits, runs, **options):
+def fit(tmp_path, digits, runs, features=False, **options):
     """What the trainer makes of runs on 200 digits, evaluated on 100."""
     tmp_path.mkdir(exist_ok=True)
     config = dataclasses.replace(CONFIG, out=tmp_path, **options)
     with tqdm(disable=True) as bar:
-        task = make_task(config, digits)
+        task = make_task(config, digits, features=features)
         return training.train(config, "fit", task, runs, bar=bar, started="now")
 
 
@@ -292,6 +292,18 @@ def test_fine_tuning_from_the_start(tmp_path, digits):
     options = {"model": "mlp", "fine_tune_from": 1, "second_stage": 0.0, "epochs": 1}
     trained = fit(tmp_path, digits, [make_run(digits)], **options)
     assert np.all(np.isfinite(trained.losses))
+
+
+def test_features(tmp_path, digits):
+    """With the head they make the predictions of the evaluation split, also in several parts."""
+    runs = [make_run(digits, seed) for seed in range(2)]
+    trained = fit(tmp_path, digits, runs, features=True, model="mlp", epochs=1, at_once=1)
+    assert trained.features.shape == (2, 100, 9)
+    guess = (trained.features @ trained.head).argmax(axis=-1)
+    labels = runs[0].evaluation.label
+    accuracy = [(guess[:, labels == k] == k).mean(axis=1) for k in range(10)]
+    np.testing.assert_allclose(trained.history["accuracy"][-1].T, accuracy, rtol=1e-6)
+    assert len(training.pick(trained, slice(1)).features) == 1
 
 
 @pytest.mark.slow
