@@ -125,7 +125,11 @@ def make_draw(
                 right, float(rate), kind=kind, num_classes=classes, seed=rng
             )
         held_out = round(validation * len(index)) if search else 0
-        told = of_each(index[held_out:], right[held_out:], CLEAN)
+        # If there are too few of a class, images that the run doesn't have.
+        known = np.concatenate(
+            [index[held_out:], np.setdiff1d(np.arange(len(train.labels)), index)]
+        )
+        told = of_each(np.int32(known), train.labels[known], CLEAN)
         told = Examples(told, train.labels[told], np.zeros_like(told))
         noisy = Examples(*(x[held_out:] for x in (index, labels, wrong.astype(np.int32))))
         if search:

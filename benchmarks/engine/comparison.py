@@ -31,8 +31,8 @@ from benchmarks.engine.training import Examples, Images, pick, Run, Task, Traine
 
 SGD = "inf"
 CLEAN = slice(10)  # of the examples of a class, for methods that have to be told
-# The papers' protocol, in place of what suits a set of small images on a small machine.
 RARE = 0.3  # share of the classes that are "few", and "many"
+# The papers' protocol, in place of what suits a set of small images on a small machine.
 PAPERS = {
     "model": "resnet32",
     "epochs": 200,

@@ -121,6 +121,10 @@ def test_draw_of_rare_classes():
     assert len(drawn) > 1
     searched, held_out, _ = draw(0, True)
     assert (len(searched.label), len(held_out.label)) == (280, 70)
+    # Every class has as many under their right labels, also one of five images.
+    told = noise.make_draw(*splits, "symmetric:0.4", 60, 0.2, imbalance=0.25)(0, True)[2]
+    assert np.bincount(labels[told.index]).tolist() == [10] * 3
+    np.testing.assert_array_equal(told.label, labels[told.index])
 
 
 def test_precision():
