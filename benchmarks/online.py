@@ -38,7 +38,7 @@ from tqdm import tqdm
 from absgd_jax import absgd, losses, target_ess, tilt
 from benchmarks.engine import datasets, layers, plots, report
 from benchmarks.engine.comparison import diverged
-from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, Must, POSITIVE, read, refusing
+from benchmarks.engine.config import ABOVE_0, FROM_1, INSIDE, POSITIVE, read, refusing, whole_from
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.search import search, SEEDS, seeds_of
 
@@ -46,7 +46,7 @@ LOSSES = ("cross_entropy", "stale prior", "running", "arb", "true prior")
 OPTIMIZERS = ("SGD", "ABSGD", "ABSGD, automatic")
 RARE = 0.3  # share of the classes that are rare at a time
 TENTHS = 10
-EVERY_TENTH = Must(f"be a whole number from {TENTHS} on", lambda n: n >= TENTHS)
+EVERY_TENTH = whole_from(TENTHS)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from absgd_jax import abadam, target_ess, tilt, two_stage
 from benchmarks.engine import config, datasets, layers, plots, report
-from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, Must, NOT_NEGATIVE, OR_NONE, POSITIVE
+from benchmarks.engine.config import BELOW_1, FROM_1, INSIDE, NOT_NEGATIVE, OR_NONE, POSITIVE
 from benchmarks.engine.search import Found, search, SEEDS, seeds_of
 
 AT_ONCE = 16  # runs of a program
@@ -71,7 +71,7 @@ STYLES = {
     "fixed λ, later": ("black", "-"),
     "ESS, later": ("#D55E00", "-"),
 }
-MANY = Must("be a whole number from 16 on", lambda x: x >= 16)
+MANY = config.whole_from(16)
 
 
 @dataclasses.dataclass(frozen=True)

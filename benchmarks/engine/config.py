@@ -40,10 +40,11 @@ def readable(check: Callable[[str], bool]) -> Callable[[str], bool]:
     return holds
 
 
-FROM_0, FROM_1, FROM_2 = (
-    Must(f"be a whole number from {least} on", lambda x, least=least: x >= least)
-    for least in range(3)
-)
+def whole_from(least: int) -> Must:
+    return Must(f"be a whole number from {least} on", lambda x: x >= least)
+
+
+FROM_0, FROM_1, FROM_2 = map(whole_from, range(3))
 POSITIVE = Must("be positive and finite", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Must("be 0 or more and finite", lambda x: 0 <= x < math.inf)
 FINITE_TEMPERATURE = Must("be a finite λ other than 0", lambda x: 0 < abs(x) < math.inf)
