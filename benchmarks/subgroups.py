@@ -26,6 +26,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
@@ -232,7 +233,7 @@ def second_heads(
     return jax.lax.scan(step, head, length=AFR_STEPS)[1]
 
 
-def afr(first: Trained, evaluation: list[Examples], held_out: int, text: str) -> Trained:
+def afr(first: Trained, evaluation: Sequence[Examples], held_out: int, text: str) -> Trained:
     """What AFR makes of first models, whose ``evaluation`` begins with what was held out.
 
     It is recorded as often as they were.
@@ -289,13 +290,13 @@ def train_each(
     found |= fit(c, "automatic", "cross_entropy", of["ABSGD, automatic"])
     for method, those in by_text("cvar", of["CVaR"]).items():
         found |= fit(c, method, method, those)
-    held_out = hold_out(draw)
-    evaluation = [held_out(seed, searching)[1] for seed in seeds]
-    size = len(evaluation[0].label) - len(draw(seeds[0], searching)[1].label)
-    firsts = {s: s._replace(method="SGD", text=SGD) for s in of["AFR"]}
-    those = list(dict.fromkeys(firsts.values()))
-    first = fit(c, "first-afr", "cross_entropy", those, draw=held_out, features=True)
-    found |= {s: afr(first[firsts[s]], evaluation, size, s.text) for s in firsts}
+    if firsts := {s: s._replace(method="SGD", text=SGD) for s in of["AFR"]}:
+        part = hold_out(draw)
+        those = list(dict.fromkeys(firsts.values()))
+        first = fit(c, "first-afr", "cross_entropy", those, draw=part, features=True)
+        kept, evaluation, _ = zip(*(part(seed, searching) for seed in seeds), strict=True)
+        size = len(group[0]) - len(kept[0].label)
+        found |= {s: afr(first[firsts[s]], evaluation, size, s.text) for s in firsts}
     weights = dict.fromkeys(of["subclass weights"], told)
     # The share of the epochs that the first model is trained for, and a number.
     seconds = {s: comparison.stages(s.text)[0] for s in of["JTT"] + of["early weights"]}
