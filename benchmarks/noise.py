@@ -126,10 +126,9 @@ def make_draw(
             )
         held_out = round(validation * len(index)) if search else 0
         # If there are too few of a class, images that the run doesn't have.
-        known = np.concatenate(
-            [index[held_out:], np.setdiff1d(np.arange(len(train.labels)), index)]
-        )
-        told = of_each(np.int32(known), train.labels[known], CLEAN)
+        others = np.setdiff1d(np.arange(len(train.labels), dtype=np.int32), index)
+        known = np.concatenate([index[held_out:], others])
+        told = of_each(known, train.labels[known], CLEAN)
         told = Examples(told, train.labels[told], np.zeros_like(told))
         noisy = Examples(*(x[held_out:] for x in (index, labels, wrong.astype(np.int32))))
         if search:

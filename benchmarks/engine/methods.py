@@ -132,6 +132,10 @@ def elr(coefficient: float = 3.0) -> Way:
     return Way(step, lambda params, examples, classes, groups: jnp.zeros((examples, classes)))
 
 
+def init_teacher(params: Any, examples: int, classes: int, groups: int) -> Any:
+    return TEACHER.init(params)
+
+
 def elr_teacher(coefficient: float = 3.0) -> Way:
     """The memory is that of the teacher, the moving average of the parameters."""
 
@@ -147,11 +151,11 @@ def elr_teacher(coefficient: float = 3.0) -> Way:
 
         return jax.grad(loss_fn, argnums=(0, 1), has_aux=True)(params, Sums())
 
-    return Way(step, lambda params, examples, classes, groups: TEACHER.init(params))
+    return Way(step, init_teacher)
 
 
 def teacher_score() -> Way:
-    """The memory is the teacher's, as above."""
+    """The memory is that of the teacher of ``elr_teacher``."""
 
     def step(parts, params, memory, batch):
         teacher, memory = TEACHER.update(params, memory)
@@ -162,7 +166,7 @@ def teacher_score() -> Way:
 
         return plain(parts._replace(tilt=tilt), params, memory, batch)
 
-    return Way(step, lambda params, examples, classes, groups: TEACHER.init(params))
+    return Way(step, init_teacher)
 
 
 def levels(losses: jax.Array, y: jax.Array, classes: int, temperature: jax.Array) -> jax.Array:
