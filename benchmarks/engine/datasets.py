@@ -1,10 +1,9 @@
-"""The data sets: scikit-learn's digits, folders of IDX files, and the CIFAR archives."""
+"""The data sets: scikit-learn's digits, folders of IDX files, and what Keras fetches."""
 
 import gzip
+import os
 import pathlib
-import pickle
 import struct
-import tarfile
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -21,10 +20,7 @@ SOURCES = {
     "fashion-mnist": "Debian and Ubuntu: apt-get install dataset-fashion-mnist; elsewhere, the "
     "four files of https://github.com/zalandoresearch/fashion-mnist in the folder --data-dir",
     "idx": "pass the folder of the four files, named as MNIST's, as --data-dir",
-    "cifar10": "get it from https://www.cs.toronto.edu/~kriz/cifar.html and pass its folder as "
-    "--data-dir",
 }
-SOURCES["cifar100"] = SOURCES["cifar10"]
 
 
 class Split(NamedTuple):
@@ -47,13 +43,14 @@ def load(name: str, data_dir: pathlib.Path | None = None) -> tuple[Split, Split]
         )
         return Split(*parts[::2]), Split(*parts[1::2])
 
-    if data_dir is None:
-        data_dir = DEBIAN if name == "fashion-mnist" else pathlib.Path()
-    read = _read_idx_split if name in ("fashion-mnist", "idx") else _read_cifar_split
-    try:
-        splits = read(name, data_dir, train=True), read(name, data_dir, train=False)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {SOURCES[name]}.") from None
+    if name in SOURCES:
+        folder = data_dir or (DEBIAN if name == "fashion-mnist" else pathlib.Path())
+        try:
+            splits = read_idx_split(folder, "train"), read_idx_split(folder, "t10k")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; {SOURCES[name]}.") from None
+    else:
+        splits = fetch(name)
     check(*splits)
     return splits
 
@@ -80,7 +77,7 @@ def features(columns: Iterable[tuple[Sequence[Any], bool]]) -> np.ndarray:
     return np.concatenate(list(parts), axis=1, dtype=float)
 
 
-def _find(folder: pathlib.Path, pattern: str) -> pathlib.Path:
+def find(folder: pathlib.Path, pattern: str) -> pathlib.Path:
     files = sorted(path for path in folder.glob(pattern) if path.is_file())
     if len(files) != 1:
         found = "several: " + ", ".join(f.name for f in files) if files else "none"
@@ -90,17 +87,15 @@ def _find(folder: pathlib.Path, pattern: str) -> pathlib.Path:
     return files[0]
 
 
-def _damaged(path: pathlib.Path, why: object) -> ValueError:
+def damaged(path: pathlib.Path, why: object) -> ValueError:
     return ValueError(f"{path} is damaged ({why}); delete it and get it anew.")
 
 
-def _read_idx_split(name: str, folder: pathlib.Path, *, train: bool) -> Split:
-    del name
-    part = "train" if train else "t10k"
-    paths = [_find(folder, f"*{part}-{kind}-ubyte*") for kind in ("images-idx3", "labels-idx1")]
+def read_idx_split(folder: pathlib.Path, part: str) -> Split:
+    paths = [find(folder, f"*{part}-{kind}-ubyte*") for kind in ("images-idx3", "labels-idx1")]
     images, labels = map(read_idx, paths)
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
-        raise _damaged(paths[0], f"images {images.shape}, labels {labels.shape}")
+        raise damaged(paths[0], f"images {images.shape}, labels {labels.shape}")
     return Split(images[..., None], labels.astype(np.int32))
 
 
@@ -116,46 +111,21 @@ def read_idx(path: pathlib.Path) -> np.ndarray:
             raise ValueError(f"it starts with {content[:4].hex()}")
         return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
     except (ValueError, EOFError, gzip.BadGzipFile, struct.error, zlib.error) as error:
-        raise _damaged(path, error) from None
+        raise damaged(path, error) from None
 
 
-def _read_cifar_split(name: str, folder: pathlib.Path, *, train: bool) -> Split:
-    if name == "cifar10":
-        path = _find(folder, "cifar-10-python.tar.gz")
-        batches = [f"data_batch_{i}" for i in range(1, 6)] if train else ["test_batch"]
-        members, key = [f"cifar-10-batches-py/{b}" for b in batches], b"labels"
-    else:
-        path = _find(folder, "cifar-100-python.tar.gz")
-        members, key = ["cifar-100-python/" + ("train" if train else "test")], b"fine_labels"
+def fetch(name: str) -> tuple[Split, Split]:
+    """Both splits of a data set of Keras, which downloads it once."""
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     try:
-        with tarfile.open(path, "r:gz") as archive:
-            batches = [
-                ArrayUnpickler(archive.extractfile(m), encoding="bytes").load() for m in members
-            ]
-        images = np.concatenate([b[b"data"].reshape(-1, 3, 32, 32) for b in batches])
-        labels = np.concatenate([np.asarray(b[key], np.int32) for b in batches])
-        if images.dtype != np.uint8 or len(images) != len(labels):
-            raise ValueError(f"images {images.dtype} {images.shape}, labels {labels.shape}")
-    # What a damaged stream raises depends on where it is hit.
-    except (
-        tarfile.TarError, OSError, EOFError, zlib.error, KeyError, ValueError, TypeError,
-        AttributeError, IndexError, pickle.UnpicklingError,
-    ) as error:  # fmt: skip
-        raise _damaged(path, error) from None
-    return Split(images.transpose(0, 2, 3, 1), labels)
-
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Loads arrays, numbers, strings and containers of these; any other name is an error."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        reconstruct = np.empty(0).__reduce__()[0]
-        allowed = {
-            ("numpy", "ndarray"): np.ndarray,
-            ("numpy", "dtype"): np.dtype,
-            ("numpy.core.multiarray", "_reconstruct"): reconstruct,
-            ("numpy._core.multiarray", "_reconstruct"): reconstruct,
-        }
-        if (module, name) not in allowed:
-            raise pickle.UnpicklingError(f"{module}.{name} is not an array")
-        return allowed[module, name]
+        import keras  # which is large, and of no other use here
+    except ModuleNotFoundError:
+        raise FileNotFoundError(
+            f'{name} is fetched by Keras, which isn\'t installed: pip install ".[cifar]"'
+        ) from None
+    try:
+        parts = getattr(keras.datasets, name).load_data()
+    except Exception as error:  # what Keras raises, if a download fails
+        raise OSError(f"{name} can't be fetched ({error}); see to the network.") from None
+    first, second = (Split(images, labels[:, 0].astype(np.int32)) for images, labels in parts)
+    return first, second
