@@ -392,10 +392,10 @@ def run(
         for seed in seeds_of(c, searching):
             name = "-".join(map(str, (*setting, seed))).replace(":", "+")
             path, drawn = c.out / "runs" / f"{name}.npz", draw(seed)
-            found = report.load_finished(path, started)
+            found = report.load_part(path, started)
             if not found:
                 found = train(c, setting, seed, drawn)
-                report.save_finished(path, started, found)
+                report.save_part(path, started, found)
             runs.append(measure(found, drawn.counts))
             bar.update()
         measures[setting] = report.stack(runs)

@@ -110,7 +110,7 @@ def compare_times(config: Config, task: Task, runs: list[Run]) -> dict[str, Any]
         "at_once": [jax.tree.map(lambda *leaves: np.stack(leaves), *runs)],
         "one_after_another": [jax.tree.map(lambda x: x[None], run) for run in runs],
     }
-    groups = jax.device_put(groups, training.sharding(config))
+    groups = jax.device_put(groups)
 
     def measure(group):
         states = [init(run) for run in group]

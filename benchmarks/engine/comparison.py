@@ -125,12 +125,7 @@ def read(cls: type[AnyConfig], doc: str | None) -> AnyConfig:
 
 
 def load(config: Config) -> tuple[Split, Split]:
-    """Both splits, once the configuration suits the devices."""
-    devices, most = config.number_of_devices, jax.device_count()
-    if devices > most:
-        fail(f"--devices must lie in [1, {most}], got {devices}")
-    if config.batch_size % devices:
-        fail(f"--batch-size must be a multiple of --devices, got {config.batch_size}")
+    """Both splits."""
     blocks = {"linear": 0, "mlp": len(config.hidden), "cnn": 3}.get(config.model, 4)
     if config.fine_tune_from > blocks:
         fail(f"--fine-tune-from must lie in [0, {blocks}], got {config.fine_tune_from}")
@@ -160,7 +155,7 @@ def on_device(config: Config, train: Split, test: Split) -> Images:
         margins = [(n // 2, n - n // 2) for n in missing]
         pixels = np.pad(pixels, [(0, 0), *margins, (0, 0)])
     mean, std = (np.float32(f(train.images, axis=(0, 1, 2))) for f in (np.mean, np.std))
-    return jax.device_put(Images(pixels, mean, std), training.sharding(config))
+    return jax.device_put(Images(pixels, mean, std))
 
 
 class Setting(NamedTuple):

@@ -196,13 +196,13 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         ) from None
 
 
-def load_finished(path: pathlib.Path, started: str) -> dict[str, np.ndarray]:
-    """What ``save_finished`` has left there of the run that was started then, or nothing."""
+def load_part(path: pathlib.Path, started: str) -> dict[str, np.ndarray]:
+    """What ``save_part`` left there, if it was of the run that was started then."""
     found = load_arrays(path) if path.exists() else {}
     return found if str(found.pop("started", "")) == started else {}
 
 
-def save_finished(path: pathlib.Path, started: str, arrays: dict[str, np.ndarray]) -> None:
+def save_part(path: pathlib.Path, started: str, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
         np.savez(file, started=started, **arrays)

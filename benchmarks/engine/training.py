@@ -13,8 +13,7 @@ import collections
 import dataclasses
 import datetime
 import functools
-import logging
-import shutil
+import pathlib
 import threading
 import time
 from collections.abc import Callable
@@ -24,9 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from absgd_jax import diagnostics, get_temperature, scale_by_attention, target_ess, tilt, two_stage
@@ -34,7 +31,6 @@ from benchmarks.engine import models, report
 from benchmarks.engine.config import (
     ABOVE_0,
     BELOW_1,
-    fail,
     FROM_0,
     FROM_1,
     NOT_NEGATIVE,
@@ -45,8 +41,6 @@ from benchmarks.engine.config import (
 from benchmarks.engine.config import Config as BaseConfig
 from benchmarks.engine.methods import Batch, Method, Parts
 
-# Of an error orbax logs the tracebacks of several threads; what it raises is enough.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 stop = threading.Event()  # once set, training saves and ends after the epoch
 EVALUATED_AT_ONCE = 500
 
@@ -87,15 +81,10 @@ class Config(BaseConfig):
     # slow side by side
     at_once: Annotated[int | None, FROM_1] = None
     checkpoint_every: Annotated[float, NOT_NEGATIVE] = 30.0  # seconds between checkpoints
-    devices: Annotated[int | None, FROM_1] = None  # to spread a batch over; all, if not given
 
     @property
     def runs_at_once(self) -> int:
         return self.at_once or (1 if self.model in models.CONVOLUTIONAL else 1000)
-
-    @property
-    def number_of_devices(self) -> int:
-        return self.devices or jax.device_count()
 
     @property
     def first_epoch_of_second_stage(self) -> int:
@@ -218,17 +207,6 @@ def augment(images: jax.Array, key: jax.Array) -> jax.Array:
     return jnp.where(flip, cropped[:, :, ::-1], cropped)
 
 
-def sharding(config: Config, *axes: str) -> NamedSharding:
-    """Over the devices: the leading axis "batch", or nothing."""
-    mesh = jax.make_mesh(
-        (config.number_of_devices,),
-        ("batch",),
-        devices=jax.devices()[: config.number_of_devices],
-        axis_types=(AxisType.Auto,),
-    )
-    return NamedSharding(mesh, PartitionSpec(*axes))
-
-
 def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) -> Program:
     """The functions of a run of so many examples.
 
@@ -299,7 +277,6 @@ def make_program(config: Config, task: Task, examples: int, *, frozen: int = 0) 
 
     def step(state, run, images, batch):
         index, key = batch
-        index = jax.lax.with_sharding_constraint(index, sharding(config, "batch"))
         x, y = images[run.train.index[index]], run.train.label[index]
         if config.augment:
             x = augment(x, key)
@@ -387,8 +364,7 @@ class Compiled(NamedTuple):
 
 def compile_program(config: Config, program: Program) -> Compiled:
     def of_runs(function, in_axes, **kwargs):
-        whole = sharding(config)
-        return jax.jit(jax.vmap(function, in_axes), out_shardings=whole, **kwargs)
+        return jax.jit(jax.vmap(function, in_axes), **kwargs)
 
     shuffle = of_runs(program.shuffle, (0, None))
     accuracy = of_runs(program.accuracy, (0, 0, None))
@@ -419,7 +395,7 @@ def train(
 
     What is finished stands in ``config.out`` and is not done again; what isn't is saved there every
     ``config.checkpoint_every`` seconds, and goes on from there. ``started`` tells what this run
-    made from what an earlier one has left.
+    has made from what an earlier one left.
     """
 
     @functools.cache
@@ -430,64 +406,40 @@ def train(
     parts, name = [], name.replace(":", "-")  # which names files
     for i in range(0, len(runs), config.runs_at_once):
         done = config.out / "runs" / f"{name}-{i}.npz"
-        folder = config.out / "checkpoints" / done.stem
         bar.set_description(done.stem)
-        if found := report.load_finished(done, started):
+        if found := report.load_part(done, started):
             bar.update(config.epochs)
         else:
-            if folder.exists() and not config.resume:
-                fail(f"{folder} is in the way, and not of this run: move it, or name another --out")
             part = jax.tree.map(lambda *x: np.stack(x), *runs[i : i + config.runs_at_once])
-            part = jax.device_put(part, sharding(config))
-            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=False)
-            with ocp.CheckpointManager(folder.absolute(), options=options) as checkpoints:
-                found = train_part(config, done.stem, program, part, task.images, bar, checkpoints)
-            report.save_finished(done, started, found)
+            part, checkpoint = jax.device_put(part), done.with_suffix(".checkpoint")
+            found = train_part(config, program, part, task.images, bar, checkpoint, started)
+            report.save_part(done, started, found)
+            checkpoint.unlink(missing_ok=True)
         outcomes = (found.pop(name, None) for name in Trained._fields[1:])
         parts.append(Trained(found, *outcomes))
-        if folder.exists():
-            shutil.rmtree(folder)
     history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(p.history for p in parts))
     return Trained(history, *jax.tree.map(lambda *x: np.concatenate(x), *(p[1:] for p in parts)))
 
 
-def save(checkpoints: ocp.CheckpointManager, step: int, tree: Any) -> None:
-    try:
-        checkpoints.save(step, args=ocp.args.StandardSave(tree))
-    except ValueError as error:  # orbax's, of a disk that is full
-        raise OSError(str(error)) from error
-
-
-def restore(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    try:
-        return checkpoints.restore(step, args=ocp.args.StandardRestore())
-    except Exception as error:  # of any kind, by the file that is not whole
-        raise SystemExit(
-            f"{checkpoints.directory / str(step)} is damaged ({error}); delete it, and --resume "
-            "does again what it held"
-        ) from None
-
-
 def train_part(
     config: Config,
-    name: str,
     program: Callable[[int], Compiled],
     runs: Run,
     images: Images,
     bar: tqdm,
-    checkpoints: ocp.CheckpointManager,
+    checkpoint: pathlib.Path,
+    started: str,
 ) -> dict[str, Any]:
     """The history of runs that are stacked, and their losses."""
-    state, history = program(config.frozen(0)).init(runs), []
-    start = checkpoints.latest_step() or 0
-    if start:
+    state, history, start = program(config.frozen(0)).init(runs), [], 0
+    if saved := report.load_part(checkpoint, started):
+        start = int(saved.pop("epochs"))
         like = jax.eval_shape(program(config.frozen(start - 1)).init, runs)
-        tree = restore(checkpoints, start)
-        state = jax.tree.unflatten(jax.tree.structure(like), tree["state"])
-        state = jax.device_put(state, sharding(config))
-        history = [{k: x[i] for k, x in tree["history"].items()} for i in range(start)]
+        leaves = [saved.pop(f"leaf {i}") for i in range(len(jax.tree.leaves(like)))]
+        state = jax.device_put(jax.tree.unflatten(jax.tree.structure(like), leaves))
+        history = [{k: x[i] for k, x in saved.items()} for i in range(start)]
         bar.update(start)
-    saved = time.monotonic()
+    at = time.monotonic()
     for epoch in range(start, config.epochs):
         frozen = config.frozen(epoch)
         if epoch and frozen != config.frozen(epoch - 1):
@@ -496,12 +448,13 @@ def train_part(
         record = jax.device_get(record)
         history.append(record)
         bar.update()
-        log(config, f"{name}, epoch {epoch + 1} of {config.epochs}", record["accuracy"])
+        log(config, f"{checkpoint.stem}, epoch {epoch + 1} of {config.epochs}", record["accuracy"])
         stopping = stop.is_set()
-        if stopping or time.monotonic() - saved >= config.checkpoint_every:
-            tree = {"state": jax.tree.leaves(state), "history": report.stack(history)}
-            save(checkpoints, epoch + 1, tree)
-            saved = time.monotonic()
+        if stopping or time.monotonic() - at >= config.checkpoint_every:
+            leaves = {f"leaf {i}": x for i, x in enumerate(jax.tree.leaves(state))}
+            saved = {"epochs": epoch + 1, **leaves, **report.stack(history)}
+            report.save_part(checkpoint, started, saved)
+            at = time.monotonic()
         if stopping:
             raise KeyboardInterrupt
     outcome = program(config.frozen(config.epochs - 1)).outcome(state, runs, images)

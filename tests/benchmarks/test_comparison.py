@@ -17,7 +17,7 @@ def compare(start, tmp_path, users_promotion):
     """Runs a comparison; its results, and its table."""
 
     def compare(benchmark, options, out=tmp_path):
-        results, table, printed = start(benchmark, f"{options} --devices 1", out)
+        results, table, printed = start(benchmark, options, out)
         assert table in printed
         return results, table
 
@@ -220,12 +220,3 @@ class TestFolderInUse:
         first = compare(longtail, self.OPTIONS)
         assert compare(longtail, f"{self.OPTIONS} --resume") == first
         assert (tmp_path / "log.txt").read_text().count("epoch 1 of 1") == 1
-
-    def test_checkpoint_of_somebody_else(self, tmp_path, compare, capsys):
-        compare(longtail, self.OPTIONS)
-        folder = tmp_path / "checkpoints" / "arb-final-0" / "1"
-        folder.mkdir(parents=True)
-        with pytest.raises(SystemExit, match="2"):
-            compare(longtail, self.OPTIONS)
-        assert f"{folder.parent} is in the way, and not of this run" in capsys.readouterr().err
-        assert folder.exists()
