@@ -96,21 +96,6 @@ def table(results: list[Result]) -> list[tuple[str, ...]]:
     return rows
 
 
-def curves(result: Result) -> dict[str, np.ndarray]:
-    few = result.accuracy[:, :, groups(result.accuracy.shape[2])["few"]]
-    return {"C0": result.accuracy.mean(axis=(1, 2)), "C1": few.mean(axis=(1, 2))}
-
-
-def final(result: Result) -> dict[str, np.ndarray]:
-    return {"C0": result.accuracy[-1].mean(axis=0)}
-
-
-def mass(result: Result) -> dict[str, np.ndarray]:
-    of_classes = 100 * result.trained.history["mass"].mean(axis=1)
-    parts = enumerate(groups(of_classes.shape[1]).values())
-    return {f"C{i}": of_classes[:, part].sum(axis=1) for i, part in parts}
-
-
 def plot_tradeoff(results: list[Result], path: pathlib.Path) -> None:
     """All classes over the rare ones: a curve for each method over its knob, and over its λ.
 
@@ -146,15 +131,6 @@ def write(config: Config, results: list[Result]) -> None:
     report.write(config.out, records, report.markdown(table(results)))
 
     panels = {r.loss: [q for q in results if q.loss == r.loss] for r in results}
-    parts = {name: f"C{i}" for i, name in enumerate(groups(results[0].accuracy.shape[2]))}
-    both = {"all classes": "C0", "few": "C1"}
-    ranks = {"x": "class, from the most images to the fewest", "first": 0, "marker": "."}
-    for name, lines, y, colors, more in (
-        ("curves", curves, "test accuracy, %", both, {"x": "epoch"}),
-        ("classes", final, "test accuracy, %", {}, ranks),
-        ("mass", mass, "weight, %", parts, {"x": "epoch"}),
-    ):
-        plots.by_panel(panels, lines, config.out / f"{name}.png", y=y, colors=colors, **more)
     comparison.plot_temperature(panels, config.out)
     plot_tradeoff(results, config.out / "tradeoff.png")
 

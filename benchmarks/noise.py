@@ -158,11 +158,6 @@ def find(result: Result, draw: Draw) -> Found:
     return Found(*(100 * np.array([metric(*pair) for pair in pairs]) for metric in metrics))
 
 
-def wrong(result: Result) -> np.ndarray:
-    """The share of the weights that is on wrong labels, in percent, [epochs, seeds]."""
-    return 100 * result.trained.history["mass"][:, :, 1]
-
-
 def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
     """``results`` are pairs of a result and what it found, by noise and loss."""
     figures = ["accuracy", "best epoch, on test", "AUROC", "precision", "weight on wrong labels, %"]
@@ -172,8 +167,8 @@ def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
     records = {}
     for key, pairs in results.items():
         for r, found in pairs:
-            accuracy = r.accuracy.mean(axis=2)
-            columns = [accuracy[-1], accuracy.max(axis=0), *found, wrong(r)[-1]]
+            accuracy, mass = r.accuracy.mean(axis=2), 100 * r.trained.history["mass"][-1, :, 1]
+            columns = [accuracy[-1], accuracy.max(axis=0), *found, mass]
             if config.imbalance < 1:
                 few = comparison.groups(r.accuracy.shape[2])["few"]
                 columns.insert(1, r.accuracy[-1][:, few].mean(axis=1))
@@ -182,11 +177,8 @@ def write(config: Config, results: dict[tuple[str, str], list[Any]]) -> None:
             records[name] = comparison.record(r) | found._asdict()
     report.write(config.out, records, report.markdown(rows))
     panels = {"\n".join(key): [r for r, _ in pairs] for key, pairs in results.items()}
-    for name, y, lines in (
-        ("curves", "test accuracy, %", lambda r: {"C0": r.accuracy.mean(axis=(1, 2))}),
-        ("mass", figures[-1], lambda r: {"C0": wrong(r).mean(axis=1)}),
-    ):
-        plots.by_panel(panels, lines, config.out / f"{name}.png", x="epoch", y=y, colors={})
+    path, y = config.out / "curves.png", "test accuracy, %"
+    plots.by_panel(panels, lambda r: r.accuracy.mean(axis=(1, 2)), path, y=y)
     comparison.plot_temperature(panels, config.out)
 
 

@@ -34,7 +34,6 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.extend
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import nnx
@@ -365,47 +364,15 @@ def table(records: list[Record]) -> str:
     return report.markdown(rows)
 
 
-def split(pairs: list[Pair], key: str) -> dict[str, list[Pair]]:
-    values = dict.fromkeys(r[key] for r, _ in pairs)
-    return {x: [pair for pair in pairs if pair[0][key] == x] for x in values}
-
-
-def plot(part: str, records: list[Record], path: pathlib.Path) -> None:
-    """A panel for each model, with its steps; or for each thing that grows, with a line a step."""
-    growth = part == "growth"
-    compared = [(r, o) for r, o in pairs(records) if r is not o and "seconds" in r]
-    panels = split(compared, "growing" if growth else "work")
-    if not panels:
-        return
-
-    def points(pairs: list[Pair], key: str = "seconds") -> list[tuple[Any, ...]]:
-        return [(r["n" if growth else "step"], *quartiles(r[key], o[key])) for r, o in pairs]
-
-    size = 1 + 3.3 * len(panels), 3.2 if growth else 4
-    figure, grid = plt.subplots(1, len(panels), figsize=size, squeeze=False)
-    for axes, (title, inside) in zip(grid[0], panels.items(), strict=True):
-        beside = inside[0][1]
-        if growth:
-            lines = {name: points(line) for name, line in split(inside, "step").items()}
-        else:
-            keys = [key for key in ("seconds", "flops", "bytes_accessed") if key in beside]
-            lines = {COLUMNS[key][0]: points(inside, key) for key in keys}
-        for (label, line), marker in zip(lines.items(), "o_x", strict=False):
-            x, low, middle, high = zip(*line, strict=True)
-            spread = np.subtract([middle, high], [low, middle])
-            axes.errorbar(x, middle, spread, fmt="o-" if growth else marker, label=label)
-        if growth:
-            axes.set_xscale("log", base=10 if title == "parameters" else 2)
-            axes.set_ylim(bottom=0)
-            axes.legend()
-        else:
-            axes.tick_params("x", rotation=90)
-        axes.set(title=title, ylabel=f"time / {beside['step']}" if growth else "ratio")
-        axes.axhline(1, color="black", lw=0.8)
-    if not growth:
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    figure.suptitle(PARTS[part])
-    plots.save(figure, path)
+def plot(records: list[Record], path: pathlib.Path) -> None:
+    """Ratios of times, one of every turn, but for what grows."""
+    ratios = {
+        (record["work"], record["step"]): np.divide(record["seconds"], beside["seconds"])
+        for record, beside in pairs(records)
+        if record is not beside and "seconds" in record and "growing" not in record
+    }
+    if ratios:
+        plots.dots({"time / that of what it is beside": ratios}, path)
 
 
 def write(config: Config, description: Record, found: dict[str, list[Record]]) -> str:
@@ -445,7 +412,7 @@ def main() -> None:
             found.setdefault(part, []).extend(run(config, *args))
             text = write(config, description, found)
         for part, records in found.items():
-            plot(part, records, config.out / f"{part}.png")
+            plot(records, config.out / f"{part}.png")
     print(text)
 
 

@@ -396,9 +396,8 @@ def record(result: Result) -> dict[str, Any]:
 def plot_temperature(panels: dict[str, list[Result]], out: pathlib.Path) -> None:
     """|λ| of every seed over the epochs."""
 
-    def lines(result: Result) -> dict[str, np.ndarray]:
+    def curve(result: Result) -> np.ndarray:
         lam = np.abs(result.trained.history["temperature"])
-        return {"C0": np.where(np.isfinite(lam), lam, np.nan)}
+        return np.where(np.isfinite(lam), lam, np.nan)
 
-    path, style = out / "temperature.png", dict(x="epoch", y="|λ|", colors={}, scale="log")
-    plots.by_panel(panels, lines, path, **style)
+    plots.by_panel(panels, curve, out / "temperature.png", y="|λ|", scale="log")

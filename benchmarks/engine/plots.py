@@ -55,19 +55,15 @@ def dots(panels: dict[str, dict[tuple[str, str], np.ndarray]], path: pathlib.Pat
 
 def by_panel(
     panels: dict[str, list[Any]],
-    lines: Callable[[Any], dict[str, np.ndarray]],
+    curve: Callable[[Any], np.ndarray],
     path: pathlib.Path,
     *,
-    x: str,
     y: str,
-    colors: dict[str, str],
     scale: str = "linear",
-    first: int = 1,
-    **kwargs: Any,
 ) -> None:
-    """One panel a loss: SGD in dashes, ABSGD in full, its automatic λ in a thin line with dots.
+    """Over the epochs, one panel a loss: SGD in dashes, ABSGD in full, its automatic λ with dots.
 
-    A panel has results, whose ``optimizer`` says how their lines are drawn, which are by colours.
+    A panel has results, whose ``optimizer`` is one of these.
     """
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
@@ -78,23 +74,19 @@ def by_panel(
         "ABSGD": {"ls": "-", "lw": 1.8},
         "ABSGD, automatic": {"ls": "-", "lw": 0.7, "marker": ".", "ms": 3},
     }
-    drawn = {result.optimizer for results in panels.values() for result in results}
-    styles = {name: style for name, style in styles.items() if name in drawn}
     for axes in grid.flat[len(panels) :]:
         axes.set_axis_off()
     for axes in grid.flat[len(panels) - columns : len(panels)]:  # nothing is below these
         axes.tick_params(labelbottom=True)
     for axes, (title, results) in zip(grid.flat, panels.items(), strict=False):
         for result in results:
-            for color, values in lines(result).items():
-                style = {"color": color, **kwargs, **styles[result.optimizer]}
-                axes.plot(np.arange(first, first + len(values)), values, **style)
+            values, style = curve(result), styles[result.optimizer]
+            axes.plot(np.arange(1, 1 + len(values)), values, "C0", label=result.optimizer, **style)
         axes.set_title(title)
         axes.set_yscale(scale)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    drawn = [Line2D([], [], color="black", label=name, **style) for name, style in styles.items()]
-    drawn += [Line2D([], [], color=color, lw=4, label=name) for name, color in colors.items()]
-    figure.legend(handles=drawn, loc="outside right upper")
-    figure.supxlabel(x)
+    drawn = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    figure.legend(drawn.values(), drawn, loc="outside right upper")
+    figure.supxlabel("epoch")
     figure.supylabel(y)
     save(figure, path)

@@ -244,7 +244,7 @@ def test_speed(tmp_path, monkeypatch, start, torch):
     times = [r["seconds"] for r in results.values() if "seconds" in r]
     assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in times)
     pictures = {path.stem for path in (tmp_path / "out").glob("*.png")}
-    assert pictures == {"sgd", "torch", "growth"}
+    assert pictures == {"sgd", "torch"}
 
 
 @pytest.mark.slow
