@@ -40,28 +40,17 @@ HEAD = (
 # GPUs, as XLA's GpuTargetConfigProto. TPUs are known to their compiler by name.
 GPUS = {
     "h100": """
-        platform_name: "CUDA"
-        device_description_str: "NVIDIA H100 80GB HBM3"
+        platform_name: "CUDA"  device_description_str: "NVIDIA H100 80GB HBM3"
         dnn_version_info { major: 9 minor: 8 }
         gpu_device_info {
-            cuda_compute_capability { major: 9 }
-            core_count: 132
-            fpus_per_core: 128
-            clock_rate_ghz: 1.98
-            device_memory_size: 84978434048
-            memory_bandwidth: 3352320000000
-            l2_cache_size: 52428800
-            shared_memory_per_core: 233472
-            shared_memory_per_block: 49152
-            shared_memory_per_block_optin: 232448
-            registers_per_core_limit: 65536
-            registers_per_block_limit: 65536
-            threads_per_core_limit: 2048
-            threads_per_block_limit: 1024
-            threads_per_warp: 32
-            block_dim_limit_x: 2147483647
-            block_dim_limit_y: 65535
-            block_dim_limit_z: 65535
+            cuda_compute_capability { major: 9 }  core_count: 132  fpus_per_core: 128
+            clock_rate_ghz: 1.98  device_memory_size: 84978434048
+            memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+            shared_memory_per_core: 233472  shared_memory_per_block: 49152
+            shared_memory_per_block_optin: 232448  registers_per_core_limit: 65536
+            registers_per_block_limit: 65536  threads_per_core_limit: 2048
+            threads_per_block_limit: 1024  threads_per_warp: 32
+            block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
         }
     """
 }

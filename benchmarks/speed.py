@@ -10,8 +10,7 @@ Of its parts,
               may be in an environment of its own, whose interpreter is --torch-python;
     meta      has the algorithms of benchmarks.engine.meta, which learn the weights, beside ABSGD;
     growth    has softmax of n losses, and value and gradient of their tilted mean, beside a copy
-              of them, the update of n parameters beside the same traffic of memory, and the step on
-              n devices beside SGD's.
+              of them, and the update of n parameters beside the same traffic of memory.
 
 The first line of a comparison has what the others are beside. In these, numbers with a sign are
 differences and those without are ratios. What is compared is timed in turn, there and back; a ratio
@@ -25,14 +24,12 @@ import json
 import pathlib
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, Literal
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -92,8 +89,6 @@ class Config(BaseConfig):
     losses: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(2**k for k in range(10, 26, 3))
     # numbers of parameters, of growth
     parameters: Annotated[tuple[int, ...], FROM_1, OR_NONE] = tuple(10**k for k in (5, 6, 7, 8))
-    # numbers of devices, of growth; 1, 2, 4, 8 that there are, if not given
-    devices: Annotated[tuple[int, ...] | None, FROM_1] = None
     torch_python: str = "python3"  # interpreter with PyTorch
 
 
@@ -141,7 +136,6 @@ def figures(compiled: Any, state: State, *batches: Batch) -> Record:
     return {
         "flops": round(cost["flops"]),
         "bytes_accessed": round(cost["bytes accessed"]),
-        "transcendentals": round(cost["transcendentals"]),
         "memory": compiled.memory_analysis().temp_size_in_bytes,
         "launches": hlo.launches(compiled.as_text()),
         "state": sum(x.nbytes for x in jax.tree.leaves(state.opt_state)),
@@ -198,9 +192,9 @@ def run_torch(config: Config, model: str) -> list[Record]:
         file = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory())) / "work.npz"
         inputs, labels, _ = work.examples
         np.savez(file, inputs=inputs, labels=labels, order=order, **torch_parameters(work.params))
-        for name, options in (("absgd, eager", []), ("absgd, compiled", ["--compile"])):
-            worker = torch_worker(config, file, "--model", model, *options)
-            found[name], run = stack.enter_context(worker)
+        for name, compiled in (("absgd, eager", False), ("absgd, compiled", True)):
+            told = model, steps.TEMPERATURE, steps.RATE, report.cpus(), compiled
+            found[name], run = stack.enter_context(torch_worker(config, file, told))
             if run:
                 found[name]["images"], timers[name] = order.size, run
         return compare(config, model, found, timers)
@@ -208,15 +202,14 @@ def run_torch(config: Config, model: str) -> list[Record]:
 
 @contextlib.contextmanager
 def torch_worker(
-    config: Config, file: pathlib.Path, *options: str
+    config: Config, file: pathlib.Path, told: tuple[Any, ...]
 ) -> Iterator[tuple[Record, Timer | None]]:
     """What benchmarks.torch_speed says of itself, and its timer; or why there is none."""
-    numbers = {"temperature": steps.TEMPERATURE, "learning-rate": steps.RATE}
-    flags = [f"--{k}={v}" for k, v in (numbers | {"threads": report.cpus()}).items()]
+    command = [config.torch_python, "-m", "benchmarks.torch_speed", file, json.dumps(told)]
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            [config.torch_python, "-m", "benchmarks.torch_speed", file, *flags, *options],
+            command,
             cwd=pathlib.Path(__file__).parents[1],
             stdin=subprocess.PIPE,  # at whose end it ends
             stdout=subprocess.PIPE,
@@ -292,18 +285,7 @@ def parameters(config: Config, n: int) -> dict[str, Job]:
     return {"traffic": (traffic, state, grads, sums), "sgd": job("sgd"), "absgd": job("absgd")}
 
 
-def devices(config: Config, n: int) -> dict[str, Job]:
-    if jax.default_backend() == "cpu" and jax.device_count() < 2 * n:
-        # They are counted as the backend starts; what came before had the cores as one.
-        jax.extend.backend.clear_backends()
-        # There are as many threads; while one waits in a collective, its device needs another.
-        jax.config.update("jax_num_cpu_devices", 2 * n)
-    work = steps.make_work("mlp", n * config.batch_size)
-    forms = "sgd_shard_map", "shard_map", "shard_map_automatic"
-    return {form: prepare(work, form, devices=n) for form in forms}
-
-
-GROWING = {"losses": losses, "parameters": parameters, "devices": devices}
+GROWING = {"losses": losses, "parameters": parameters}
 
 
 def run_growth(config: Config, what: str, n: int) -> list[Record]:
@@ -312,8 +294,7 @@ def run_growth(config: Config, what: str, n: int) -> list[Record]:
         name: timer(jax.jit(function, donate_argnums=0, keep_unused=True), *inputs)
         for name, (function, *inputs) in jobs.items()
     }
-    work = f"{n:,} {what.removesuffix('s') if n == 1 else what}"
-    return compare(config, work, {name: {"growing": what, "n": n} for name in jobs}, timers)
+    return compare(config, f"{n:,} {what}", {name: {} for name in jobs}, timers)
 
 
 def make_jobs(config: Config) -> list[tuple[Any, ...]]:
@@ -365,11 +346,11 @@ def table(records: list[Record]) -> str:
 
 
 def plot(records: list[Record], path: pathlib.Path) -> None:
-    """Ratios of times, one of every turn, but for what grows."""
+    """Ratios of times, one of every turn."""
     ratios = {
         (record["work"], record["step"]): np.divide(record["seconds"], beside["seconds"])
         for record, beside in pairs(records)
-        if record is not beside and "seconds" in record and "growing" not in record
+        if record is not beside and "seconds" in record
     }
     if ratios:
         plots.dots({"time / that of what it is beside": ratios}, path)
@@ -395,12 +376,6 @@ def main() -> None:
     config = read(Config, __doc__)
     if shutil.which(config.torch_python) is None:
         fail(f"--torch-python must be an interpreter, got {config.torch_python}")
-    # On a CPU there are as many as one asks for.
-    most = jax.device_count() if jax.default_backend() != "cpu" else sys.maxsize
-    devices = config.devices or tuple(n for n in (1, 2, 4, 8) if n <= most)
-    if max(devices) > most:
-        fail(f"--devices must not exceed {most}, got {max(devices)}")
-    config = dataclasses.replace(config, devices=devices)
     jobs = make_jobs(config)
     if not jobs:
         fail(f"--models must have one of images for --parts torch, got {', '.join(config.models)}")
@@ -411,8 +386,8 @@ def main() -> None:
         for part, run, *args in tqdm(jobs):
             found.setdefault(part, []).extend(run(config, *args))
             text = write(config, description, found)
-        for part, records in found.items():
-            plot(records, config.out / f"{part}.png")
+        for part in found.keys() - {"growth"}:  # in which nothing is compared
+            plot(found[part], config.out / f"{part}.png")
     print(text)
 
 

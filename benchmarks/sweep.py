@@ -9,23 +9,19 @@ for this is what λ may be chosen by.
 
 import dataclasses
 import pathlib
-import time
-from typing import Annotated, Any
+from typing import Annotated
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
 from benchmarks import longtail, noise
-from benchmarks.engine import comparison, plots, report, training
+from benchmarks.engine import comparison, plots, report
 from benchmarks.engine.comparison import Setting, SGD, TEMPERATURE
-from benchmarks.engine.config import ABOVE_0, FROM_0, FROM_1, FROM_2, OR_NONE, POSITIVE
+from benchmarks.engine.config import ABOVE_0, FROM_1, FROM_2, OR_NONE, POSITIVE
 from benchmarks.engine.methods import KNOBS, METHOD, parse
 from benchmarks.engine.search import SEARCH_SEED
-from benchmarks.engine.training import Run, Task, Trained
+from benchmarks.engine.training import Task, Trained
 from benchmarks.noise import NOISE
-
-TIMES = 3  # of one epoch, at once and one after another in turn
 
 Swept = dict[Setting, Trained]  # of one loss; runs are seeds
 
@@ -49,7 +45,6 @@ class Config(comparison.Config):
     noise: Annotated[str | None, NOISE] = None
     # training examples of a run with wrong labels; all, if not given
     examples: Annotated[int | None, FROM_1] = None
-    timed: Annotated[int, FROM_0] = 16  # runs whose time is compared; 0 for none
 
     @property
     def rows(self) -> dict[str, list[Setting]]:
@@ -99,44 +94,6 @@ def plot(config: Config, results: dict[str, Swept]) -> None:
     plots.save(figure, config.out / "heatmap.png")
 
 
-def compare_times(config: Config, task: Task, runs: list[Run]) -> dict[str, Any]:
-    """Seconds of an epoch of all runs at once, and of the same runs one after another.
-
-    The first time is that of the compilation, too.
-    """
-    program = training.make_program(config, task, len(runs[0].train.label))
-    init, epoch, _ = training.compile_program(config, program)
-    groups = {
-        "at_once": [jax.tree.map(lambda *leaves: np.stack(leaves), *runs)],
-        "one_after_another": [jax.tree.map(lambda x: x[None], run) for run in runs],
-    }
-    groups = jax.device_put(groups)
-
-    def measure(group):
-        states = [init(run) for run in group]
-        jax.block_until_ready(states)
-        start = time.perf_counter()
-        for state, run in zip(states, group, strict=True):
-            jax.block_until_ready(epoch(state, run, task.images, 0))
-        return time.perf_counter() - start
-
-    compilation = {name: measure(group[:1]) for name, group in groups.items()}
-    turns = [{name: measure(group) for name, group in groups.items()} for _ in range(TIMES)]
-    seconds = {name: [turn[name] for turn in turns] for name in groups}
-    return {"runs": len(runs), "seconds": seconds, "compilation": compilation}
-
-
-def describe_times(times: dict[str, Any]) -> str:
-    at_once, apart = (np.median(times["seconds"][k]) for k in ("at_once", "one_after_another"))
-    one, each = (times["compilation"][k] for k in ("at_once", "one_after_another"))
-    k = times["runs"]
-    return (
-        f"An epoch of {k} runs at once takes {at_once / apart:.2f} times that of the {k} one after "
-        f"another (median of {TIMES}), and {at_once / apart * k:.1f} times that of one. The first "
-        f"epoch, which compiles, takes {one / each:.2f} times that of one run."
-    )
-
-
 def main() -> None:
     config = comparison.read(Config, __doc__)
     train, test = comparison.load(config)
@@ -152,22 +109,19 @@ def main() -> None:
     settings = [setting for row in config.rows.values() for setting in row]
     programs = list(comparison.programs(settings).values())
     seeds = range(SEARCH_SEED, SEARCH_SEED + config.seeds)
-    results, times = {}, None
+    results: dict[str, Swept] = {}
     sizes = len(config.methods) * [len(group) * config.seeds for group in programs]
     with comparison.session(config, draw, sizes) as trainer:
         for name in config.methods:
             task = Task(images, classes, groups, classes, parse(name))
-            if config.timed and times is None:
-                runs = comparison.make_runs(config, task, programs[0], seeds, draw)
-                times = compare_times(config, task, runs[: config.timed])
             results[name] = comparison.train_each(
                 config, name, task, settings, seeds, draw, trainer
             )
-            write(config, results, times)
+            write(config, results)
 
 
-def write(config: Config, results: dict[str, Swept], times: dict[str, Any] | None) -> None:
-    records: dict[str, Any] = {
+def write(config: Config, results: dict[str, Swept]) -> None:
+    records = {
         f"{loss} {setting}, rate {setting.learning_rate:g}, γ {setting.gamma:g}": {
             "accuracy": final_accuracy(trained),
             "diverged": comparison.divergences(trained),
@@ -176,11 +130,7 @@ def write(config: Config, results: dict[str, Swept], times: dict[str, Any] | Non
         for loss, swept in results.items()
         for setting, trained in swept.items()
     }
-    parts = [report.markdown(table(config, results))]
-    if times:
-        records["times"] = times
-        parts.append(describe_times(times))
-    report.write(config.out, records, *parts)
+    report.write(config.out, records, report.markdown(table(config, results)))
     plot(config, results)
 
 

@@ -1,10 +1,10 @@
 """The authors' PyTorch package, absgd 0.0.1, at the work of benchmarks.speed, which starts this.
 
 For every line on standard input it trains for an epoch, and answers with the seconds. It needs no
-JAX: the file that it is given holds examples, their order, and the parameters to start from.
+JAX: it is given a file of examples, their order, and the parameters to start from; and, as JSON,
+the model, λ, the learning rate, the threads, and whether to compile.
 """
 
-import argparse
 import collections
 import json
 import sys
@@ -77,35 +77,26 @@ def classifier(model, shape, classes):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("file", help="of the examples, their order and the parameters")
-    add("--model", choices=["mlp", "cnn", "resnet32"], required=True)
-    add("--temperature", type=float, required=True, help="λ")
-    add("--learning-rate", type=float, required=True)
-    add("--threads", type=int, required=True, help="of the processor")
-    add("--compile", action="store_true", help="the network, by torch.compile")
-    args = parser.parse_args()
+    file, model, temperature, rate, threads, compiled = sys.argv[1], *json.loads(sys.argv[2])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any, as JAX has it by default
 
-    arrays = dict(np.load(args.file))
+    arrays = dict(np.load(file))
     inputs = torch.tensor(arrays.pop("inputs")).permute(0, 3, 1, 2).to(device)
     labels = torch.tensor(arrays.pop("labels")).long().to(device)
     order = torch.tensor(arrays.pop("order")).long().to(device)
     _, channels, height, width = inputs.shape
-    network = classifier(args.model, (height, width, channels), len(arrays["head.bias"]))
+    network = classifier(model, (height, width, channels), len(arrays["head.bias"]))
     with torch.no_grad():
         for name, p in network.named_parameters():
             p.copy_(torch.tensor(arrays.pop(name)))
-    if arrays:
-        parser.error(f"file must hold the parameters of --model, got {list(arrays)} beside them")
+    assert not arrays, f"there are parameters beside those of {model}: {list(arrays)}"
     network = network.to(device, memory_format=torch.channels_last)
-    optimizer = ABSGD(network.parameters(), lr=args.learning_rate)
-    criterion = ABLoss(args.temperature)
+    optimizer = ABSGD(network.parameters(), lr=rate)
+    criterion = ABLoss(temperature)
     criterion.updateLambda()  # on from the first step
-    forward = torch.compile(network) if args.compile else network
+    forward = torch.compile(network) if compiled else network
 
     def epoch():
         for index in order:
