@@ -153,12 +153,6 @@ def run(start):
     return lambda options: start(online, f"{SMALL} {options}")
 
 
-@pytest.mark.slow
-def test_repeatable(run):
-    """By a fixed seed."""
-    assert run("--learning-rates 0.1") == run("--learning-rates 0.1")
-
-
 def test_table(run, monkeypatch):
     """Its figures are those of the results, in the settings that other streams chose."""
     seeds, draw = [], online.draw

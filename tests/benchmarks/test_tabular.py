@@ -246,11 +246,6 @@ def test_table(run, monkeypatch):
             assert cell == f"{sum(sum(r[key]) for r in found)} of 10"
 
 
-@pytest.mark.slow
-def test_repeatable(run):
-    assert run("--learning-rates 0.1 --flips 0") == run("--learning-rates 0.1 --flips 0")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
