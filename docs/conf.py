@@ -7,6 +7,7 @@ import collections
 import os
 import pathlib
 import re
+import shutil
 import tomllib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -75,7 +76,8 @@ def write_tables(app):
     for table in sorted(RESULTS.glob("*/table.md")):
         folder = table.parent.name
         pages[benchmark(folder)] += f"\n## {folder}\n\n{table.read_text()}"
-    TABLES.mkdir(exist_ok=True)
+    shutil.rmtree(TABLES, ignore_errors=True)
+    TABLES.mkdir()
     for name, text in pages.items():
         contents = CONTENTS if text.count("\n## ") > 1 else ""
         (TABLES / f"{name}.md").write_text(f"# {name}\n{contents}{text}")
