@@ -469,16 +469,14 @@ def grouped(
 
 def plot(results: list[dict[str, Any]], path: pathlib.Path) -> None:
     """What each method gains over the optimiser alone: a dot a table with rare classes."""
-    panels = {}
-    for (loss,), records in grouped([r for r in results if not r["flipped"]], "loss").items():
-        (_, plain), *others = grouped(records, "method").items()
-        panels[loss] = {
-            (method, f"balanced accuracy over {plain[0]['method']}, points"): (
-                of_tables(found, "balanced") - of_tables(plain, "balanced")
-            )
-            for (method,), found in others
-        }
-    plots.dots(panels, path)
+    gains = {}
+    found = grouped([r for r in results if not r["flipped"]], "loss", "method")
+    for (loss, method), records in found.items():
+        if method in OPTIMIZERS:
+            plain = of_tables(records, "balanced")
+        else:
+            gains[loss, method] = of_tables(records, "balanced") - plain
+    plots.dots({f"balanced accuracy over {results[0]['method']}, points": gains}, path)
 
 
 def main() -> None:
