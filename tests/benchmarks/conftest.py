@@ -1,3 +1,4 @@
+import shlex
 import sys
 
 import matplotlib.image
@@ -11,7 +12,7 @@ def start(tmp_path, monkeypatch, capsys):
     """Runs a benchmark in this process; its results, its table, and what it printed."""
 
     def start(module, options="", out=tmp_path):
-        command = ["-m", module.__name__, *options.split(), "--out", str(out)]
+        command = ["-m", module.__name__, *shlex.split(options), "--out", str(out)]
         monkeypatch.setattr(sys, "argv", [module.__file__, *command[2:]])
         monkeypatch.setattr(sys, "orig_argv", ["python3", *command])
         module.main()

@@ -1,5 +1,7 @@
 """Rare subclasses: the split is what is said, weights are NumPy's, and the table is the results."""
 
+import shlex
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,33 +129,12 @@ class TestAFR:
                 expected = [right[group[seed, 12:] == g].mean() for g in range(4)]
                 np.testing.assert_allclose(found["accuracy"][epoch, seed], expected)
 
-    @pytest.mark.slow
-    @pytest.mark.usefixtures("users_promotion")
-    def test_benchmark(self, start, monkeypatch):
-        made = {}
-
-        def afr(first, evaluation, held_out, text, original=subgroups.afr):
-            assert held_out == round(0.2 * (held_out + first.losses.shape[1]))
-            found = original(first, evaluation, held_out, text)
-            made[text] = 100 * found.history["accuracy"][-1]
-            return found
-
-        monkeypatch.setattr(subgroups, "afr", afr)
-        options = "--methods AFR --temperatures --epochs 3 --learning-rates 0.03 --search-seeds 1"
-        results, table, _ = start(subgroups, f"--seeds 2 --batch-size 256 {options}")
-        assert [row[0] for row in rows(table)] == 2 * ["SGD", "AFR"]
-        assert sum(k.startswith("AFR") for k in results["validation"]) == 2 * len(made)
-        for rule in subgroups.RULES:
-            record = results[f"AFR, by {rule}"]
-            tested = made[record["setting"]["text"]][:, 10:]
-            np.testing.assert_allclose(record["accuracy"], tested, rtol=1e-5)
-
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("users_promotion")
 def test_benchmark(monkeypatch, start):
     grids = {"CVaR": ("0.5",), "JTT": ("0.5:1", "0.5:5"), "early weights": ("0.5:0.5",)}
-    grids |= {"subclass weights": ("",), "group DRO": ("0",)}
+    grids |= {"AFR": ("4/0.2",), "subclass weights": ("",), "group DRO": ("0",)}
     monkeypatch.setattr(subgroups, "GRIDS", grids)
     seen, searched = [], []
 
@@ -168,6 +149,7 @@ def test_benchmark(monkeypatch, start):
     monkeypatch.setitem(subgroups.WEIGHTS, "early weights", early)
     monkeypatch.setattr(subgroups, "train_each", train_each)
     options = "--model linear --temperatures --epochs 4 --learning-rates 0.03 1e-6 --search-seeds 1"
+    options += f" --methods {shlex.join(grids)}"
     results, table, printed = start(subgroups, f"--seeds 2 --batch-size 256 {options}")
 
     found = searched[0]
@@ -185,7 +167,7 @@ def test_benchmark(monkeypatch, start):
 
     assert printed.strip() in table
     validation = results.pop("validation")
-    assert len(results) == 12
+    assert len(results) == 14
     for row, record in zip(rows(table), results.values(), strict=True):
         setting, rule = record["setting"], record["rule"]
         of_method = {k: x for k, x in validation.items() if k.startswith(setting["method"])}

@@ -54,7 +54,11 @@ def imported(files):
     ("files", "requirements", "beside"),
     [
         (LIBRARY, PROJECT["dependencies"], []),
-        ((BENCHMARKS | EXAMPLES) - REFERENCE, EXTRAS["bench"], PROJECT["dependencies"]),
+        (
+            (BENCHMARKS | EXAMPLES) - REFERENCE,
+            EXTRAS["bench"] + EXTRAS["cifar"],
+            PROJECT["dependencies"],
+        ),
         (TESTS - REFERENCE, EXTRAS["test"], PROJECT["dependencies"] + EXTRAS["bench"]),
         (REFERENCE, EXTRAS["reference"], ["numpy"]),
         (
