@@ -30,18 +30,7 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 from absgd_jax import absgd, robust_loss, Sums, tilt
-from benchmarks.engine import plots, report
-from benchmarks.engine.config import (
-    ABOVE_0,
-    fail,
-    FINITE_TEMPERATURE,
-    FROM_1,
-    FROM_2,
-    OR_NONE,
-    POSITIVE,
-    read,
-)
-from benchmarks.engine.config import Config as BaseConfig
+from benchmarks.engine import config, plots, report
 
 CLASSES = 10
 DIVERGED = 10  # so many times as far from the solution as where it began is a run that did
@@ -50,18 +39,19 @@ Data = tuple[jax.Array, jax.Array]  # images [N, 65], whose last pixel is 1 for 
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(BaseConfig):
+class Config(config.Config):
     """What to run, and for how long."""
 
     out: pathlib.Path = pathlib.Path("out/convergence")  # folder to write to
-    seeds: Annotated[int, FROM_2] = 5  # number of seeds, 2 or more
-    temperatures: Annotated[tuple[float, ...], FINITE_TEMPERATURE] = (0.5, -1.5)  # λ
-    batch_sizes: Annotated[tuple[int, ...], FROM_1] = (8, 32)  # examples a step, n
-    steps: Annotated[tuple[int, ...], FROM_1] = (1_000, 10_000, 100_000)  # lengths of runs
-    gamma: Annotated[float, ABOVE_0] = 0.1  # beside which 1, no average, is run
-    proximal: Annotated[tuple[float, ...], POSITIVE, OR_NONE] = ()  # step sizes of SCENT's average
-    learning_rate: Annotated[float, POSITIVE] = 0.05  # peak, after a warm-up; then a cosine
-    weight_decay: Annotated[float, POSITIVE] = 1e-2  # L2 coefficient, μ
+    seeds: Annotated[int, config.FROM_2] = 5  # number of seeds, 2 or more
+    temperatures: Annotated[tuple[float, ...], config.FINITE_TEMPERATURE] = (0.5, -1.5)  # λ
+    batch_sizes: Annotated[tuple[int, ...], config.FROM_1] = (8, 32)  # examples a step, n
+    steps: Annotated[tuple[int, ...], config.FROM_1] = (1_000, 10_000, 100_000)  # lengths of runs
+    gamma: Annotated[float, config.ABOVE_0] = 0.1  # beside which 1, no average, is run
+    # step sizes of SCENT's average
+    proximal: Annotated[tuple[float, ...], config.POSITIVE, config.OR_NONE] = ()
+    learning_rate: Annotated[float, config.POSITIVE] = 0.05  # peak, after a warm-up; then a cosine
+    weight_decay: Annotated[float, config.POSITIVE] = 1e-2  # L2 coefficient, μ
 
 
 def losses(w: jax.Array, data: Data) -> jax.Array:
@@ -95,21 +85,21 @@ def stationary_point(temperature: float, weight_decay: float, data: Data) -> jax
         if jnp.abs(gradient(w, *args)).max() < 1e-12:
             return jnp.asarray(w)
         w -= jnp.linalg.solve(hessian(w, *args), gradient(w, *args))
-    fail(
+    config.fail(
         f"--temperatures {temperature:g} can't be solved to the last digit at --weight-decay "
         f"{weight_decay:g}: name a λ further from 0, or more weight decay"
     )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "n", "steps"))
+@functools.partial(jax.jit, static_argnames=("c", "n", "steps"))
 def train(
-    config: Config, n: int, steps: int, data: Data, temperature: float, rule: Any, key: jax.Array
+    c: Config, n: int, steps: int, data: Data, temperature: float, rule: Any, key: jax.Array
 ) -> jax.Array:
     """The last iterate of ABSGD on random batches of n; the rule is γ, or -a of SCENT's."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, steps // 10, steps)
+    rate = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, steps // 10, steps)
 
     def optimizer(gamma):
-        return absgd(rate, temperature, weight_decay=config.weight_decay, gamma=gamma, debias=True)
+        return absgd(rate, temperature, weight_decay=c.weight_decay, gamma=gamma, debias=True)
 
     def step(carry, key):
         w, opt_state = carry
@@ -128,19 +118,19 @@ def train(
 
     w = jnp.zeros(data[0].shape[1] * CLASSES)
     keys = jax.random.split(key, steps)
-    return jax.lax.scan(step, (w, optimizer(config.gamma).init(w)), keys)[0][0]
+    return jax.lax.scan(step, (w, optimizer(c.gamma).init(w)), keys)[0][0]
 
 
 def run(
-    config: Config, data: Data, temperature: float, solution: jax.Array, n: int, steps: int
+    c: Config, data: Data, temperature: float, solution: jax.Array, n: int, steps: int
 ) -> Iterator[dict[str, Any]]:
     """A record for each rule of the average."""
-    runs = jax.vmap(functools.partial(train, config, n, steps, data, temperature), (None, 0))
-    rules = {1.0: 1.0, config.gamma: config.gamma} | {f"a = {a:g}": -a for a in config.proximal}
-    keys = jax.random.split(jax.random.key(0), config.seeds)
+    runs = jax.vmap(functools.partial(train, c, n, steps, data, temperature), (None, 0))
+    rules = {1.0: 1.0, c.gamma: c.gamma} | {f"a = {a:g}": -a for a in c.proximal}
+    keys = jax.random.split(jax.random.key(0), c.seeds)
     ends = jax.vmap(runs, (0, None))(jnp.array([*rules.values()]), keys)
     for gamma, w in zip(rules, ends, strict=True):
-        value = [objective(x, temperature, config.weight_decay, data) for x in (solution, *w)]
+        value = [objective(x, temperature, c.weight_decay, data) for x in (solution, *w)]
         gap = np.abs(np.divide(value[1:], value[0]) - 1)
         distance = np.linalg.norm(w - solution, axis=1) / np.linalg.norm(solution)
         setting = {"temperature": temperature, "n": n, "steps": steps, "gamma": gamma}
@@ -158,11 +148,11 @@ def table(records: list[dict[str, Any]]) -> str:
     return report.markdown(rows)
 
 
-def plot(config: Config, records: list[dict[str, Any]], path: pathlib.Path) -> None:
-    columns = len(config.temperatures)
+def plot(c: Config, records: list[dict[str, Any]], path: pathlib.Path) -> None:
+    columns = len(c.temperatures)
     figure, panels = plt.subplots(1, columns, figsize=(11, 4.5), sharey=True, squeeze=False)
-    for axes, temperature in zip(panels[0], config.temperatures, strict=True):
-        for (i, n), gamma in itertools.product(enumerate(config.batch_sizes), (1.0, config.gamma)):
+    for axes, temperature in zip(panels[0], c.temperatures, strict=True):
+        for (i, n), gamma in itertools.product(enumerate(c.batch_sizes), (1.0, c.gamma)):
             line = [
                 (r["steps"], r["gap"].mean())
                 for r in records
@@ -178,22 +168,22 @@ def plot(config: Config, records: list[dict[str, Any]], path: pathlib.Path) -> N
 
 
 def main() -> None:
-    config = read(Config, __doc__)
+    c = config.read(Config, __doc__)
     jax.config.update("jax_enable_x64", True)
     images, labels = load_digits(return_X_y=True)
     images = np.pad(images / 16, ((0, 0), (0, 1)), constant_values=1)
     data = jnp.asarray(images), jnp.asarray(labels)
-    solutions = {t: stationary_point(t, config.weight_decay, data) for t in config.temperatures}
-    settings = list(itertools.product(solutions.items(), config.batch_sizes, config.steps))
-    with report.folder(config):
+    solutions = {t: stationary_point(t, c.weight_decay, data) for t in c.temperatures}
+    settings = list(itertools.product(solutions.items(), c.batch_sizes, c.steps))
+    with report.folder(c):
         records = [
             r
             for (temperature, solution), n, steps in tqdm(settings, unit="setting")
-            for r in run(config, data, temperature, solution, n, steps)
+            for r in run(c, data, temperature, solution, n, steps)
         ]
         text = table(records)
-        report.write(config.out, {f"setting {i}": r for i, r in enumerate(records)}, text)
-        plot(config, records, config.out / "convergence.png")
+        report.write(c.out, {f"setting {i}": r for i, r in enumerate(records)}, text)
+        plot(c, records, c.out / "convergence.png")
     print(text)
 
 
