@@ -8,7 +8,6 @@ import optax
 import pytest
 
 from absgd_jax import (
-    abadam,
     absgd,
     scale_by_attention,
     Sums,
@@ -51,21 +50,19 @@ class TestChain:
             expected, theirs = plain.update(PARAMS, theirs, PARAMS)
             chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
-    @pytest.mark.parametrize("make", [absgd, abadam])
-    def test_gradient_of_whole_steps(self, make, x64):
+    def test_gradient_of_whole_steps(self, x64):
         # Two steps, so that the second's V depends on the first's parameters.
         @jax.jit
         def after(learning_rate, temperature, gamma, scale):
             params = jax.tree.map(lambda p: scale * p.astype(jnp.float64), PARAMS)
-            tx = make(learning_rate, temperature, gamma=gamma)
+            tx = absgd(learning_rate, temperature, gamma=gamma)
             opt_state = tx.init(params)
             for _ in range(2):
                 params, opt_state = step(tx, params, opt_state, jnp.float64(X), jnp.float64(Y))
             return sum(jnp.sum(p) for p in jax.tree.leaves(params))
 
         args = tuple(jnp.float64(a) for a in (0.01, 2.0, 0.7, 1.1))
-        with jax.numpy_dtype_promotion("standard"):
-            jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
+        jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
 
     def test_weight_decay_of_zero_needs_no_params(self):
         tx = absgd(0.1, 1.0)
@@ -129,7 +126,7 @@ class TestGamma:
         _, baselines = published(self.BATCHES, -0.7, newest)
         np.testing.assert_allclose(states.baseline[1:], baselines, rtol=1e-5)
 
-    @pytest.mark.parametrize("gamma", [0.01, 0.1, 0.9, 1.0])
+    @pytest.mark.parametrize("gamma", [0.01, 0.9, 1.0])
     @pytest.mark.parametrize("plain", [0, 5])
     def test_debias(self, gamma, plain):
         """As Adam's: γ / (1 - (1 - γ)^t) in the t-th weighted batch, the first weighing its own."""
