@@ -98,22 +98,8 @@ def where_over_nan(each, tilted, weight, total):
     return jnp.sum(jnp.where(weight > 0, weight * tilted(nan), 0)) / total
 
 
-def with_a_constant(each, tilted, weight, total):
-    return weighted_mean(each, tilted, weight, total) + 3
-
-
 def weighted_sum(each, tilted, weight, total):
     return jnp.sum(weight * tilted(each))
-
-
-def scaled(each, tilted, weight, total):
-    return 1024 * weighted_mean(each, tilted, weight, total)
-
-
-def twice(each, tilted, weight, total):
-    """The example of weight w as two of w / 2."""
-    each, weight = jnp.concatenate([each, each]), jnp.concatenate([weight, weight]) / 2
-    return weighted_mean(each, tilted, weight, total)
 
 
 def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalty=None, **kwargs):
