@@ -428,18 +428,13 @@ def test_a_scalar_warns(over):
 # Of functions of a state and of losses.
 CONSTANTS = {
     "jit": lambda state, x: jax.jit(lambda x: mean(state, x))(x),
-    "jit_of_vmap": lambda state, x: jax.jit(jax.vmap(lambda x: mean(state, x)))(x),
     "numpy": lambda state, x: CONSTANTS["jit"](jax.tree.map(np.asarray, state), x),
-    "scan_in_jit": lambda state, x: jax.jit(
-        lambda x: jax.lax.map(lambda each: mean(state, each), jnp.stack([x, x]))
-    )(x),
     # That these warn, too, is documented.
     "scan": lambda state, x: jax.lax.map(lambda each: mean(state, each), x),
     "checkpoint": lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x),
 }
 # Beside those of all other tests, where a warning is an error, too.
 FOLLOWED = {
-    "eager_grad": lambda state, x: jax.grad(lambda x: mean(state, x))(x),
     "eager_vmap": lambda state, x: jax.vmap(lambda x: mean(state, x))(x),
     "argument_of_grad": lambda state, x: jax.jit(
         lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x)
