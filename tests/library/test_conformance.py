@@ -222,26 +222,22 @@ class TestTheLeafIsLambda:
             tx = scale_by_attention(temperature)
             assert temperatures_of(tx, with_temperature(tx, lam), steps=1) == [0.7]
 
-    @pytest.mark.parametrize("given", [5.0, np.array(5.0), two_stage(5.0, 0)])
-    def test_a_number_is_where_it_starts_and_what_is_set_stays(self, given):
-        tx = scale_by_attention(given)
-        assert temperatures_of(tx, tx.init(None)) == [5, 5, 5]
-        assert temperatures_of(tx, with_temperature(tx, -3.0)) == [-3, -3, -3]
-
     @pytest.mark.parametrize(
         ("given", "expected"),
         [
+            (5.0, [-3, -3, -3]),
+            (np.array(5.0), [-3, -3, -3]),
+            (two_stage(5.0, 0), [-3, -3, -3]),
             (optax.linear_schedule(5.0, 1.0, 4), [4, 3, 2]),
             (jnp.float32(5), [5, 5, 5]),
             (two_stage(lambda count: 5.0, 0), [5, 5, 5]),
         ],
-        ids=["schedule", "array", "stage_of_schedule"],
     )
-    def test_under_a_schedule_or_an_array_it_lasts_one_step(self, given, expected):
+    def test_what_is_set_stays_but_under_a_schedule_or_an_array(self, given, expected):
         tx = scale_by_attention(given)
         state = with_temperature(tx, -3.0)
         assert temperatures_of(tx, state) == expected
-        # In which it is used.
+        # In the next step it is used.
         weights, _ = attend(tx, LOSSES[0], state)
         chex.assert_trees_all_equal(weights, attend(scale_by_attention(-3.0), LOSSES[0], state)[0])
 
@@ -284,6 +280,7 @@ class TestTheLeafIsLambda:
     @pytest.mark.parametrize(
         ("given", "expected"),
         [
+            (5.0, [5, 5, 5]),
             (jnp.inf, [np.inf, np.inf, np.inf]),
             (lambda count: jnp.float32(-jnp.inf), [-np.inf, -np.inf, -np.inf]),
             (two_stage(5.0, begin=2), [np.inf, np.inf, 5]),
@@ -294,13 +291,11 @@ class TestTheLeafIsLambda:
             (two_stage(two_stage(2.0, 2), 1), [np.inf, np.inf, np.inf, 2, 2]),
         ],
     )
-    def test_inf_is_inf_until_a_second_stage_begins(self, given, expected):
+    def test_of_the_first_steps(self, given, expected):
         tx = scale_by_attention(given)
         state = tx.init(None)
-        assert [
-            float(state.temperature),
-            *temperatures_of(tx, state, len(expected) - 1),
-        ] == expected
+        lams = temperatures_of(tx, state, len(expected) - 1)
+        assert [float(state.temperature), *lams] == expected
 
 
 # Of an array of the caller's.
