@@ -557,27 +557,28 @@ def test_split_vocabulary():
         total = lax.psum(jnp.exp(logits - top[:, None]).sum(axis=1), "vocabulary")
         return jnp.log(total) + top - lax.psum(picked, "vocabulary")
 
-    def step(carry, x, y):
-        params, opt_state = carry
-
-        def loss_fn(params, sums):
-            return tilt(losses_of(params, x, y), opt_state, sums).mean()
-
-        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
-        return optax.apply_updates(params, updates), opt_state
+    def loss_fn(params, sums, opt_state, x, y):
+        return tilt(losses_of(params, x, y), opt_state, sums).mean()
 
     def model(params, x, y):
         return mean(numpy_cross_entropy((x * params["scale"]) @ params["out"], y))
 
     first = {"scale": X[0, 0], "out": X[1, :4].T}
-    start, step = spread("vocabulary", step, first, {(3, 4): P(None, "vocabulary")})
+    start, step = spread("vocabulary", loss_fn, first, {(3, 4): P(None, "vocabulary")})
     batches = [(x, np.int32(y > 0) + 2 * np.int32(x[:, 0] > 0)) for x, y in BATCHES]
     check(step, model, start=start, params=first, batches=batches)
 
 
-def spread(name, step, first, specs):
+def step_by(loss_fn, carry, *batch):
+    params, opt_state = carry
+    grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums(), opt_state, *batch)
+    updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
+    return optax.apply_updates(params, updates), opt_state
+
+
+def spread(name, loss_fn, first, specs):
     """How a carry starts on two devices, and its step there; ``specs`` go by shape."""
+    step = functools.partial(step_by, loss_fn)
     mesh, carry = mesh_of(name), (first, tx.init(first))
     spec = jax.tree.map(lambda x: specs.get(np.shape(x), P()), carry)
     step = jax.shard_map(step, mesh=mesh, in_specs=(spec, P(), P()), out_specs=spec)
@@ -595,22 +596,15 @@ def test_pipeline():
         out = jnp.where(stage == 0, first, jnp.tanh(received @ params["w"][0]))
         return (out.sum(axis=1) - y) ** 2, stage == 1
 
-    def step(carry, x, y):
-        params, opt_state = carry
-
-        def loss_fn(params, sums):
-            losses, last = losses_of(params, x, y)
-            return lax.psum(tilt(losses, opt_state, sums).mean() * last, "stage")
-
-        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
-        return optax.apply_updates(params, updates), opt_state
+    def loss_fn(params, sums, opt_state, x, y):
+        losses, last = losses_of(params, x, y)
+        return lax.psum(tilt(losses, opt_state, sums).mean() * last, "stage")
 
     def model(params, x, y):
         return mean((np.tanh(np.tanh(x @ params["w"][0]) @ params["w"][1]).sum(axis=1) - y) ** 2)
 
     first = {"w": X[2, :6].reshape(2, 3, 3)}
-    start, step = spread("stage", step, first, {(2, 3, 3): P("stage")})
+    start, step = spread("stage", loss_fn, first, {(2, 3, 3): P("stage")})
     check(step, model, start=start, params=first)
 
 
@@ -638,16 +632,11 @@ def test_from_sgds_checkpoint_onto_another_mesh(tmp_path):
             checkpointer.wait_until_finished()
             return mesh, checkpointer.restore(tmp_path / "state", like)
 
-    def losses_of(params, x, y):
-        return (jnp.matmul(x, params["w"], out_sharding=P()) - y) ** 2
+    def loss_fn(params, sums, opt_state, x, y):
+        losses = (jnp.matmul(x, params["w"], out_sharding=P()) - y) ** 2
+        return tilt(losses, opt_state, sums).mean()
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(carry, x, y):
-        params, opt_state = carry
-        loss_fn = lambda p, sums: tilt(losses_of(p, x, y), opt_state, sums).mean()  # noqa: E731
-        grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-        updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
-        return optax.apply_updates(params, updates), opt_state
+    step = jax.jit(functools.partial(step_by, loss_fn), donate_argnums=0)
 
     def model(params, x, y):
         return mean((x @ params["w"] - y) ** 2)
