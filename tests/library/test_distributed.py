@@ -66,17 +66,17 @@ def put(mesh, model, params, batches):
     return params, (*rows, *jax.device_put((counts, totals), NamedSharding(mesh, P())))
 
 
-def of(loss, factor=lambda batch: 1):
-    """Training by another loss, whose gradients are divided by that factor."""
-    gradients = functools.partial(layouts.gradients, loss=loss)
-    return functools.partial(layouts.train, gradients=layouts.undone(gradients, factor))
+def of(loss):
+    """Training by another loss."""
+    return functools.partial(
+        layouts.train, gradients=functools.partial(layouts.gradients, loss=loss)
+    )
 
 
 LOSSES = {
     "weighted_mean": layouts.train,
     "times_mask_over_garbage": of(layouts.times_mask_over_garbage),
     "where_over_nan": of(layouts.where_over_nan),
-    "weighted_sum": of(layouts.weighted_sum, factor=lambda batch: batch[-1]),
     "remat": functools.partial(layouts.train, gradients=jax.checkpoint(layouts.gradients)),
     "closure": functools.partial(layouts.train, closure=True),
     "micro_batches_by_hand": functools.partial(

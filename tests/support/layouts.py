@@ -57,10 +57,8 @@ def expected(temperature, penalty_gradient=None):
         averaged += np.isfinite(lam)
         gamma = GAMMA if radius is None else reference.debiased(GAMMA, averaged)
         slope = 1 if np.isinf(lam) else np.exp((each - (baseline or 0.0)) / lam)
-        before, (attended, baseline) = (
-            baseline,
-            reference.weigh(each, baseline, lam, gamma, shares=shares),
-        )
+        before = baseline
+        attended, baseline = reference.weigh(each, before, lam, gamma, shares=shares)
         if radius is not None:
             if np.isinf(lam):
                 mean = np.sum(shares * each)
@@ -98,10 +96,6 @@ def where_over_nan(each, tilted, weight, total):
     return jnp.sum(jnp.where(weight > 0, weight * tilted(nan), 0)) / total
 
 
-def weighted_sum(each, tilted, weight, total):
-    return jnp.sum(weight * tilted(each))
-
-
 def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalty=None, **kwargs):
     """By the parameters and by the sums; or by the parameters, if the sums are among them."""
     x, y, weight, counts, total = batch
@@ -115,16 +109,6 @@ def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalt
     if "net" in params:
         return jax.grad(lambda params: loss_fn(params, None))(params), None
     return jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-
-
-def undone(gradients, factor):
-    """Gradients by the parameters divided by what they are too large by."""
-
-    def normal(params, opt_state, batch):
-        grads, sums = gradients(params, opt_state, batch)
-        return jax.tree.map(lambda g: g / factor(batch), grads), sums
-
-    return normal
 
 
 def on_devices(params, opt_state, batch, *, axis_name, rows, varying, **kwargs):
