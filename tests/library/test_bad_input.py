@@ -380,15 +380,6 @@ def test_sums_are_given_once(updates, sums, got):
     assert message.startswith(f"sums must be given once, got {got} ")
 
 
-@pytest.mark.parametrize(("sums", "says", "got"), SUMS)
-def test_sums_beside_the_parameters(sums, says, got):
-    """What is refused of an argument is refused of what is found among the updates."""
-    message = message_of(HEAD, {"net": PARAMS, "sums": sums})
-    assert message.startswith("sums must ")
-    assert says in message
-    assert got in message
-
-
 class TestUpdates:
     @pytest.mark.parametrize("dtype", [np.int32, jax.dtypes.float0])
     def test_whole_numbers(self, dtype):
