@@ -376,15 +376,9 @@ class TestFocal:
     def test_label_that_is_impossible(self):
         logits, labels = np.float32([[0, 1, -np.inf]] * 2), np.array([2, 1])
         p = np.array([1, np.e, 0]) / (1 + np.e)
+        both = [functools.partial(losses.focal, gamma=0.5, alpha=[1, 1, a]) for a in (3, 0)]
         with jax.debug_nans(True):
-            (values, grads), (without, no_grads) = value_and_grad(
-                [
-                    functools.partial(losses.focal, gamma=0.5, alpha=[1, 1, 3]),
-                    functools.partial(losses.focal, gamma=0.5, alpha=[1, 1, 0]),
-                ],
-                logits,
-                labels,
-            )
+            (values, grads), (without, no_grads) = value_and_grad(both, logits, labels)
         assert values[0] == np.inf  # as cross-entropy is, with its gradient
         np.testing.assert_allclose(grads[0], 3 * (p - [0, 0, 1]), rtol=1e-6)
         assert without[0] == 0
@@ -414,15 +408,14 @@ class TestSymmetricCrossEntropy:
         np.testing.assert_allclose(grads, 0, atol=1e-6)
 
 
-class TestGeneralizedCrossEntropy:
-    def test_meets_cross_entropy_and_absolute_error(self):
-        logits, one_hot = np.float32(LOGITS), np.eye(4, dtype=np.float32)[LABELS]
-        loss = functools.partial(losses.generalized_cross_entropy, logits, LABELS)
-        cross_entropy = optax.softmax_cross_entropy(logits, one_hot)
-        np.testing.assert_allclose(loss(q=1e-8), cross_entropy, rtol=1e-6)
-        softmax = np.array([numpy_losses.softmax(z) for z in LOGITS])
-        half_absolute_error = np.abs(softmax - one_hot).sum(axis=-1) / 2
-        np.testing.assert_allclose(loss(q=1.0), half_absolute_error, rtol=1e-5)
+def test_generalized_cross_entropy_meets_cross_entropy_and_absolute_error():
+    logits, one_hot = np.float32(LOGITS), np.eye(4, dtype=np.float32)[LABELS]
+    loss = functools.partial(losses.generalized_cross_entropy, logits, LABELS)
+    cross_entropy = optax.softmax_cross_entropy(logits, one_hot)
+    np.testing.assert_allclose(loss(q=1e-8), cross_entropy, rtol=1e-6)
+    softmax = np.array([numpy_losses.softmax(z) for z in LOGITS])
+    half_absolute_error = np.abs(softmax - one_hot).sum(axis=-1) / 2
+    np.testing.assert_allclose(loss(q=1.0), half_absolute_error, rtol=1e-5)
 
 
 class TestEarlyLearning:
@@ -430,16 +423,11 @@ class TestEarlyLearning:
         logits = np.float32([[8.0, 0, 0, 0], [200, 0, 0, 0]])  # p of 0.999 and 1
         target = np.float32([[1.0, 0, 0, 0]] * 2)
         loss = functools.partial(losses.early_learning, target=target, coefficient=2.0)
+        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+        three = [loss, functools.partial(loss, floor=0.01), cross_entropy]
         with jax.debug_nans(True):
-            (values, grads), (_, bounded), (entropies, expected) = value_and_grad(
-                [
-                    loss,
-                    functools.partial(loss, floor=0.01),
-                    optax.softmax_cross_entropy_with_integer_labels,
-                ],
-                logits,
-                np.array([1, 1]),
-            )
+            found = value_and_grad(three, logits, np.array([1, 1]))
+        (values, grads), (_, bounded), (entropies, expected) = found
         p = numpy_losses.softmax(np.float64(logits[0]))
         # The pull of an agreement that is all but complete doesn't fade.
         pull = 2 * p[0] * (p - [1, 0, 0, 0]) / (1 - p[0])
@@ -456,18 +444,13 @@ class TestEarlyLearning:
         np.testing.assert_array_equal(jax.grad(total)(jnp.float32(MIXED)), 0)
 
     def test_targets_that_are_masked_out_are_not_seen(self):
-        target = np.where(np.arange(6)[:, None] > 0, MIXED, np.nan)
         where = np.arange(6) > 0
+        target = np.where(where[:, None], MIXED, np.nan)
+        masked = functools.partial(losses.early_learning, target=target, where=where)
+        kept = functools.partial(losses.early_learning, target=MIXED)
         with jax.debug_nans(True):
-            masked, kept = value_and_grad(
-                [
-                    functools.partial(losses.early_learning, target=target, where=where),
-                    functools.partial(losses.early_learning, target=MIXED),
-                ],
-                np.float32(LOGITS),
-                LABELS,
-            )
-        for found, expected in zip(masked, kept, strict=True):
+            both = value_and_grad([masked, kept], np.float32(LOGITS), LABELS)
+        for found, expected in zip(*both, strict=True):
             np.testing.assert_array_equal(found[0], 0)
             np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-6, atol=1e-7)
 
@@ -509,14 +492,13 @@ class TestWeights:
         np.testing.assert_array_equal(schedule(2), np.ones(4))
 
 
-class TestRunningCounts:
-    @pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["integers", "distributions"])
-    def test_over_batches(self, labels, x64):
-        where = np.array([True, True, False, True, True, False])
-        of_batch = np.eye(4)[labels] if labels.ndim == 1 else labels
-        count = jax.jit(functools.partial(losses.running_counts, decay=0.9))
-        found = expected = np.zeros(4)
-        for mask in (where, ~where, np.zeros_like(where)):
-            found = count(found, labels, where=mask)
-            expected = 0.9 * expected + of_batch[mask].sum(axis=0)
-            np.testing.assert_allclose(found, expected, rtol=1e-12)
+@pytest.mark.parametrize("labels", [LABELS, MIXED], ids=["integers", "distributions"])
+def test_running_counts(labels, x64):
+    where = np.array([True, True, False, True, True, False])
+    of_batch = np.eye(4)[labels] if labels.ndim == 1 else labels
+    count = jax.jit(functools.partial(losses.running_counts, decay=0.9))
+    found = expected = np.zeros(4)
+    for mask in (where, ~where, np.zeros_like(where)):
+        found = count(found, labels, where=mask)
+        expected = 0.9 * expected + of_batch[mask].sum(axis=0)
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
