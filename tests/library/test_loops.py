@@ -399,7 +399,7 @@ def test_pinn():
         for i, factor in enumerate((1, 5)):
             row, own = jax.tree.map(lambda x: x[i], (rows, sums[i]))  # noqa: B023
             row, heads[i] = head.update(row, heads[i], sums=own)
-            grads = optax.tree.add_scale(grads, factor, row)
+            grads = optax.tree.add(grads, optax.tree.scale(factor, row))
         updates, opt_state = sgd.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, heads
 
@@ -476,10 +476,6 @@ class Trainer(nnx.Module):
         nnx.update(self.total, jax.tree.map(jnp.zeros_like, self.total))
 
 
-def is_sums(node):
-    return isinstance(node, Sums)
-
-
 def test_trainer_whose_loss_never_sees_the_optimizer():
     """The losses are tilted with the first state: right while λ is fixed, and there is a warning.
 
@@ -491,6 +487,9 @@ def test_trainer_whose_loss_never_sees_the_optimizer():
         def __init__(self):
             self.w, self.b = (nnx.Param(jnp.array(PARAMS[k])) for k in "wb")
             self.sums = nnx.Param(zero_sums())
+
+    def is_sums(node):
+        return isinstance(node, Sums)
 
     def not_sums(tree):
         return jax.tree.map(lambda x: not is_sums(x), tree, is_leaf=is_sums)
