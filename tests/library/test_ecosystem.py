@@ -76,7 +76,7 @@ def net_of(params):
 def expected(wrap, params=PARAMS, every=1):
     """Parameters by plain optax: ``wrap`` around nothing but a factor.
 
-    Of so many steps the average moves on in the first.
+    The average moves on in the first of every so many steps.
     """
     opt_state, state = wrap(optax.scale(1.0)).init(params), HEAD.init(None)
     for step, lam in enumerate(LAMS):
@@ -93,8 +93,8 @@ def expected(wrap, params=PARAMS, every=1):
 class Wrapper(NamedTuple):
     """What is wrapped around a head, by ``wrap(head, tree)``, and how its parameters start.
 
-    ``tree`` makes a mask of one for the parameters and one for the sums. The head sees
-    the first of every so many steps.
+    ``tree`` makes a mask of one for the parameters and one for the sums. The head sees the first
+    of every so many steps.
     """
 
     wrap: Callable[..., optax.GradientTransformation]
@@ -176,13 +176,13 @@ WRAPPERS = {
         lambda head, tree: optax.contrib.split_real_and_imaginary(optax.chain(head, SGD)),
         forms=("beside",),
     ),
-    # Of each kind of optimiser one: by leaves, by their norms, by the loss, by matrices, ...
+    # Of each kind of optimiser one: by leaves, by their norms, by the loss, by matrices, by a
+    # history of gradients, and one that finds the rate itself.
     "adamw": before(optax.adamw),
     "lamb": before(optax.lamb),
     "polyak_sgd": before(optax.polyak_sgd),
     "muon": before(optax.contrib.muon),
     "lbfgs": before(optax.lbfgs, linesearch=None),
-    # ... and one that finds the rate itself.
     "mechanize": Wrapper(
         lambda head, tree: optax.chain(head, optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1))
     ),

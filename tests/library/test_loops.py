@@ -545,30 +545,8 @@ def test_numpyro_svi():
     )
 
 
-def test_split_vocabulary():
-    """Tensor parallelism: of the logits each device has a part, and of the losses all."""
-
-    def losses_of(params, x, y):
-        logits = (x * params["scale"]) @ params["out"]  # of the device's two tokens
-        own = 2 * lax.axis_index("vocabulary") + jnp.arange(2)
-        picked = jnp.sum(jnp.where(own == y[:, None], logits, 0), axis=1)
-        top = lax.pmax(lax.stop_gradient(logits.max(axis=1)), "vocabulary")
-        total = lax.psum(jnp.exp(logits - top[:, None]).sum(axis=1), "vocabulary")
-        return jnp.log(total) + top - lax.psum(picked, "vocabulary")
-
-    def loss_fn(params, sums, opt_state, x, y):
-        return tilt(losses_of(params, x, y), opt_state, sums).mean()
-
-    def model(params, x, y):
-        return mean(numpy_cross_entropy((x * params["scale"]) @ params["out"], y))
-
-    first = {"scale": X[0, 0], "out": X[1, :4].T}
-    start, step = spread("vocabulary", loss_fn, first, {(3, 4): P(None, "vocabulary")})
-    batches = [(x, np.int32(y > 0) + 2 * np.int32(x[:, 0] > 0)) for x, y in BATCHES]
-    check(step, model, start=start, params=first, batches=batches)
-
-
 def step_by(loss_fn, carry, *batch):
+    """The step of a loop that has none of its own."""
     params, opt_state = carry
     grads, sums = jax.grad(loss_fn, argnums=(0, 1))(params, Sums(), opt_state, *batch)
     updates, opt_state = tx.update(grads, opt_state, params, sums=sums)
@@ -585,19 +563,37 @@ def spread(name, loss_fn, first, specs):
     return lambda: placed, jax.jit(step)
 
 
+def test_split_vocabulary():
+    """Tensor parallelism: of the logits each device has a part, and of the losses all."""
+
+    def loss_fn(params, sums, opt_state, x, y):
+        logits = (x * params["scale"]) @ params["out"]  # of the device's two tokens
+        own = 2 * lax.axis_index("vocabulary") + jnp.arange(2)
+        picked = jnp.sum(jnp.where(own == y[:, None], logits, 0), axis=1)
+        top = lax.pmax(lax.stop_gradient(logits.max(axis=1)), "vocabulary")
+        total = lax.psum(jnp.exp(logits - top[:, None]).sum(axis=1), "vocabulary")
+        losses = jnp.log(total) + top - lax.psum(picked, "vocabulary")
+        return tilt(losses, opt_state, sums).mean()
+
+    def model(params, x, y):
+        return mean(numpy_cross_entropy((x * params["scale"]) @ params["out"], y))
+
+    first = {"scale": X[0, 0], "out": X[1, :4].T}
+    start, step = spread("vocabulary", loss_fn, first, {(3, 4): P(None, "vocabulary")})
+    batches = [(x, np.int32(y > 0) + 2 * np.int32(x[:, 0] > 0)) for x, y in BATCHES]
+    check(step, model, start=start, params=first, batches=batches)
+
+
 def test_pipeline():
     """The last stage alone has losses; of the other there is 0 times what it has instead."""
 
-    def losses_of(params, x, y):
+    def loss_fn(params, sums, opt_state, x, y):
         stage = lax.axis_index("stage")
         first = jnp.tanh(x @ params["w"][0])
         received = lax.ppermute(first, "stage", [(0, 1)])
         out = jnp.where(stage == 0, first, jnp.tanh(received @ params["w"][0]))
-        return (out.sum(axis=1) - y) ** 2, stage == 1
-
-    def loss_fn(params, sums, opt_state, x, y):
-        losses, last = losses_of(params, x, y)
-        return lax.psum(tilt(losses, opt_state, sums).mean() * last, "stage")
+        losses = tilt((out.sum(axis=1) - y) ** 2, opt_state, sums)
+        return lax.psum(losses.mean() * (stage == 1), "stage")
 
     def model(params, x, y):
         return mean((np.tanh(np.tanh(x @ params["w"][0]) @ params["w"][1]).sum(axis=1) - y) ** 2)
