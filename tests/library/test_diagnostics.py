@@ -72,7 +72,7 @@ def measures(weights):
     return effective_sample_size(weights), largest_weight(weights), kl_divergence(weights)
 
 
-@pytest.mark.parametrize("lam", [0.3, 2.0, -0.3, np.inf])
+@pytest.mark.parametrize("lam", [0.03, 0.3, 2.0, -0.3, np.inf])
 class TestSummary:
     def test_values(self, lam):
         check(summarize_jit(LOSSES, lam, labels=LABELS), lam)
