@@ -14,7 +14,6 @@ EXTRAS = PROJECT["optional-dependencies"]
 # Of distributions that are not named as what is imported from them.
 MODULES = {
     "absgd-jax": "absgd_jax",
-    "dm-haiku": "haiku",
     "orbax-checkpoint": "orbax",
     "scikit-learn": "sklearn",
 }

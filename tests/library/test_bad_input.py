@@ -380,15 +380,6 @@ def test_sums_are_given_once(updates, sums, got):
     assert message.startswith(f"sums must be given once, got {got} ")
 
 
-@pytest.mark.parametrize(("sums", "says", "got"), SUMS)
-def test_sums_beside_the_parameters(sums, says, got):
-    """What is refused of an argument is refused of what is found among the updates."""
-    message = message_of(HEAD, {"net": PARAMS, "sums": sums})
-    assert message.startswith("sums must ")
-    assert says in message
-    assert got in message
-
-
 class TestUpdates:
     @pytest.mark.parametrize("dtype", [np.int32, jax.dtypes.float0])
     def test_whole_numbers(self, dtype):
@@ -428,18 +419,13 @@ def test_a_scalar_warns(over):
 # Of functions of a state and of losses.
 CONSTANTS = {
     "jit": lambda state, x: jax.jit(lambda x: mean(state, x))(x),
-    "jit_of_vmap": lambda state, x: jax.jit(jax.vmap(lambda x: mean(state, x)))(x),
     "numpy": lambda state, x: CONSTANTS["jit"](jax.tree.map(np.asarray, state), x),
-    "scan_in_jit": lambda state, x: jax.jit(
-        lambda x: jax.lax.map(lambda each: mean(state, each), jnp.stack([x, x]))
-    )(x),
     # That these warn, too, is documented.
     "scan": lambda state, x: jax.lax.map(lambda each: mean(state, each), x),
     "checkpoint": lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x),
 }
 # Beside those of all other tests, where a warning is an error, too.
 FOLLOWED = {
-    "eager_grad": lambda state, x: jax.grad(lambda x: mean(state, x))(x),
     "eager_vmap": lambda state, x: jax.vmap(lambda x: mean(state, x))(x),
     "argument_of_grad": lambda state, x: jax.jit(
         lambda state, x: jax.grad(jax.checkpoint(lambda x: mean(state, x)))(x)

@@ -72,7 +72,7 @@ def measures(weights):
     return effective_sample_size(weights), largest_weight(weights), kl_divergence(weights)
 
 
-@pytest.mark.parametrize("lam", [0.3, 2.0, -0.3, np.inf])
+@pytest.mark.parametrize("lam", [0.03, 0.3, 2.0, -0.3, np.inf])
 class TestSummary:
     def test_values(self, lam):
         check(summarize_jit(LOSSES, lam, labels=LABELS), lam)
@@ -99,24 +99,18 @@ class TestSummary:
 
 class TestWeights:
     @pytest.mark.parametrize("scale", [1e-41, 2e-38, 1e30, 3e38])
-    @pytest.mark.parametrize("axis_name", [None, "data"])
-    def test_whose_sum_leaves_the_range_of_floats(self, scale, axis_name):
+    def test_whose_sum_leaves_the_range_of_floats(self, scale):
         """Down to denormal numbers, which XLA takes for 0."""
         rng = np.random.default_rng(1)
         weights = np.float32(scale * rng.uniform(0.01, 1, (8, 4)))
-        weights[2] = 1e-3 * scale  # a device's part
         where = rng.random((8, 4)) > 0.3
         labels = rng.integers(0, 3, (8, 4))
 
         def found(weights, labels, where):
-            masked = {"where": where, "axis_name": axis_name}
             functions = effective_sample_size, largest_weight, kl_divergence
-            scalars = [f(weights, **masked) for f in functions]
-            return *scalars, class_mass(weights, labels, 3, **masked)
+            scalars = [f(weights, where=where) for f in functions]
+            return *scalars, class_mass(weights, labels, 3, where=where)
 
-        if axis_name is not None:
-            mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-            found = jax.shard_map(found, mesh=mesh, in_specs=P("data"), out_specs=P())
         p = np.where(where, np.float64(weights), 0)
         p /= p.sum()
         chi2, kl = divergences(p[where])

@@ -1,7 +1,8 @@
 """Inside optax's wrappers, before its optimisers, and in Flax NNX.
 
 Everywhere the same few steps, as by plain optax on gradients that the head alone has scaled. The
-sums are passed to the update, or beside the parameters.
+sums are passed to the update, or beside the parameters. In float64, what is not the same is told
+from rounding.
 """
 
 import functools
@@ -19,14 +20,14 @@ from flax import nnx
 from absgd_jax import absgd, get_temperature, scale_by_attention, Sums, tilt, zero_sums
 
 RNG = np.random.default_rng(0)
-X = RNG.normal(size=(16, 8)).astype(np.float32) / 2
-Y = RNG.normal(size=16).astype(np.float32) / 2
-PARAMS = {"w": jnp.linspace(-0.5, 1.0, 8), "b": jnp.float32(0.3)}
+X, Y = RNG.normal(size=(16, 8)) / 2, RNG.normal(size=16) / 2
+PARAMS = {"w": np.linspace(-0.5, 1.0, 8).reshape(4, 2), "b": np.full(1, 0.3)}
 RATE, GAMMA, LAM = 0.05, 0.7, 2.0
 LAMS = [LAM] * 4 + [-1.0] * 2  # of the steps
 HEAD = scale_by_attention(LAM, gamma=GAMMA)
 
-pytestmark = pytest.mark.usefixtures("users_promotion")  # several of the libraries need it
+# Several of the libraries need implicit promotion.
+pytestmark = pytest.mark.usefixtures("users_promotion", "x64")
 
 
 def alone(net, sums):
@@ -57,10 +58,6 @@ def value_and_grad(params, opt_state):
     return loss, grads, {"sums": sums}
 
 
-def always(step):
-    return True
-
-
 @jax.jit
 def by_head(params, state):
     """The loss, its gradients, the scale that is to be theirs, and the next state."""
@@ -76,18 +73,19 @@ def net_of(params):
     return params.get("net", params)
 
 
-def expected(wrap, params=PARAMS, lams=6 * [LAM], attends=always):
+def expected(wrap, params=PARAMS, every=1):
     """Parameters by plain optax: ``wrap`` around nothing but a factor.
 
-    ``attends`` says in which steps the average moves on.
+    The average moves on in the first of every so many steps.
     """
     opt_state, state = wrap(optax.scale(1.0)).init(params), HEAD.init(None)
-    for step, lam in enumerate(lams):
-        state = state._replace(temperature=jnp.float32(lam))
-        _, grads, scale, after = by_head(getattr(params, "fast", params), state)
-        updates, opt_state = wrap(optax.scale(scale)).update(grads, opt_state, params)
+    for step, lam in enumerate(LAMS):
+        state = state._replace(temperature=jnp.float64(lam))
+        loss, grads, scale, after = by_head(getattr(params, "fast", params), state)
+        tx = optax.with_extra_args_support(wrap(optax.scale(scale)))
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss)
         params = optax.apply_updates(params, updates)
-        if attends(step):
+        if step % every == 0:
             state = after
     return params
 
@@ -95,21 +93,19 @@ def expected(wrap, params=PARAMS, lams=6 * [LAM], attends=always):
 class Wrapper(NamedTuple):
     """What is wrapped around a head, by ``wrap(head, tree)``, and how its parameters start.
 
-    ``tree`` makes a mask of one for the parameters and one for the sums.
+    ``tree`` makes a mask of one for the parameters and one for the sums. The head sees the first
+    of every so many steps.
     """
 
     wrap: Callable[..., optax.GradientTransformation]
-    attends: Callable[[int], bool] = always
     forms: tuple[str, ...] = ("argument", "beside")
+    every: int = 1
     start: Callable = lambda params: params
 
 
-def even(step):
-    return step % 2 == 0
-
-
-def odd(step):
-    return step % 2 == 1
+def before(make, **kwargs):
+    """Nothing but a head before an optimiser."""
+    return Wrapper(lambda head, tree: optax.chain(head, make(RATE, **kwargs)))
 
 
 SGD = optax.sgd(RATE, 0.9)
@@ -150,7 +146,10 @@ WRAPPERS = {
     ),
     "apply_if_finite": Wrapper(lambda head, tree: optax.apply_if_finite(optax.chain(head, SGD), 3)),
     "conditionally_mask": Wrapper(
-        lambda head, tree: optax.conditionally_mask(optax.chain(head, SGD), even), attends=even
+        lambda head, tree: optax.conditionally_mask(
+            optax.chain(head, SGD), lambda step: step % 2 == 0
+        ),
+        every=2,
     ),
     # In a vector of all gradients nobody finds the sums.
     "flatten": Wrapper(
@@ -177,108 +176,52 @@ WRAPPERS = {
         lambda head, tree: optax.contrib.split_real_and_imaginary(optax.chain(head, SGD)),
         forms=("beside",),
     ),
-    # Of the last micro-batch only.
-    "MultiSteps": Wrapper(
-        lambda head, tree: optax.MultiSteps(optax.chain(head, SGD), 2).gradient_transformation(),
-        attends=odd,
-        forms=("beside",),
+    # Of each kind of optimiser one: by leaves, by their norms, by the loss, by matrices, by a
+    # history of gradients, and one that finds the rate itself.
+    "adamw": before(optax.adamw),
+    "lamb": before(optax.lamb),
+    "polyak_sgd": before(optax.polyak_sgd),
+    "muon": before(optax.contrib.muon),
+    "lbfgs": before(optax.lbfgs, linesearch=None),
+    "mechanize": Wrapper(
+        lambda head, tree: optax.chain(head, optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1))
     ),
 }
 
 
-class TestWrappers:
-    @pytest.mark.parametrize(
-        ("name", "form"), [(name, form) for name in WRAPPERS for form in WRAPPERS[name].forms]
-    )
-    def test_trains_and_its_temperature_can_be_read_and_set(self, name, form):
-        wrap, attends, _, start = WRAPPERS[name]
-        tree = FORMS[form]
-        tx = wrap(HEAD, tree)
-        chex.clear_trace_counter()  # it goes by name
+@pytest.mark.parametrize(
+    ("name", "form"), [(name, form) for name in WRAPPERS for form in WRAPPERS[name].forms]
+)
+def test_trains_and_its_temperature_can_be_read_and_set(name, form):
+    wrap, _, every, start = WRAPPERS[name]
+    tree = FORMS[form]
+    tx = optax.with_extra_args_support(wrap(HEAD, tree))
+    chex.clear_trace_counter()  # it goes by name
 
-        @jax.jit
-        @chex.assert_max_traces(n=1)
-        def step(params, opt_state):
-            at = getattr(params, "fast", params)
-            _, grads, sums = value_and_grad(at, opt_state)
-            updates, opt_state = tx.update(grads, opt_state, params, **sums)
-            return optax.apply_updates(params, updates), opt_state
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def step(params, opt_state):
+        at = getattr(params, "fast", params)
+        loss, grads, sums = value_and_grad(at, opt_state)
+        updates, opt_state = tx.update(grads, opt_state, params, value=loss, **sums)
+        return optax.apply_updates(params, updates), opt_state
 
-        params = start(tree(PARAMS, zero_sums()))
-        opt_state = tx.init(params)
-        for lam in LAMS:
-            if optax.tree.get(opt_state, "temperature") != lam:
-                opt_state = optax.tree.set(opt_state, temperature=jnp.float32(lam))
-            assert get_temperature(opt_state) == lam
-            params, opt_state = step(params, opt_state)
-        plain = expected(functools.partial(wrap, tree=alone), start(PARAMS), LAMS, attends)
-        chex.assert_trees_all_close(net_of(params), plain, rtol=1e-4)
-
-    def test_says_what_to_do_where_arguments_are_dropped(self):
-        tx = optax.chain(optax.contrib.split_real_and_imaginary(scale_by_attention(LAM)))
-        with pytest.raises(TypeError, match=r"sums is missing.*\"sums\": zero_sums\(\)"):
-            tx.update(PARAMS, tx.init(PARAMS), PARAMS, sums=zero_sums())
-
-
-MATRIX = {"w": jnp.linspace(-0.5, 1.0, 8).reshape(4, 2), "b": jnp.full([1], 0.3)}
-
-
-def of_rate(make, **kwargs):
-    return lambda: make(RATE, **kwargs)
-
-
-# Of each kind one: by leaves, by their norms, by those of all, by the loss, by matrices.
-OPTIMIZERS = {
-    "adamw": of_rate(optax.adamw),
-    "lion": of_rate(optax.lion),
-    "lamb": of_rate(optax.lamb),
-    "sm3": of_rate(optax.sm3),
-    "polyak_sgd": of_rate(optax.polyak_sgd),
-    "adafactor": of_rate(optax.adafactor, min_dim_size_to_factor=2),
-    "lbfgs": of_rate(optax.lbfgs, linesearch=None),
-    "muon": of_rate(optax.contrib.muon),
-    "momo": of_rate(optax.contrib.momo),
-    "cocob": optax.contrib.cocob,
-    # From the default, of 1e-6, it takes more than these few steps to get anywhere.
-    "prodigy": of_rate(optax.contrib.prodigy, estim_lr0=0.1),
-    "mechanize": lambda: optax.contrib.mechanize(optax.sgd(RATE), s_init=0.1),
-}
-
-
-class TestOptimizers:
-    """In float64, so that what is not the same is told from rounding."""
-
-    @pytest.mark.parametrize("name", OPTIMIZERS)
-    def test_behind_the_head(self, name, x64):
-        make, first = OPTIMIZERS[name], jax.tree.map(lambda p: p.astype(jnp.float64), MATRIX)
-        plain = optax.with_extra_args_support(make())
-
-        params, opt_state, state = first, plain.init(first), HEAD.init(None)
-        for _ in range(3):
-            loss, grads, scale, state = by_head(params, state)
-            grads = optax.tree.scale(scale, grads)
-            updates, opt_state = plain.update(grads, opt_state, params, value=loss)
-            params = optax.apply_updates(params, updates)
-        moved = max(np.abs(params[k] - p).max() for k, p in first.items())
-        assert moved > 1e-4
-
-        for form, tree in FORMS.items():
-            opt = make()
-            if (name, form) == ("sm3", "beside"):  # which takes no scalars
-                opt = optax.masked(opt, tree(True, False))
-            tx = optax.chain(HEAD, opt)
-            at = tree(first, zero_sums())
-            opt_state = tx.init(at)
-            for _ in range(3):
-                loss, grads, sums = jax.jit(value_and_grad)(at, opt_state[0])
-                updates, opt_state = tx.update(grads, opt_state, at, value=loss, **sums)
-                at = optax.apply_updates(at, updates)
-            chex.assert_trees_all_close(net_of(at), params, rtol=0, atol=1e-12, custom_message=form)
+    first = jax.tree.map(jnp.asarray, PARAMS)
+    params = start(tree(first, zero_sums()))
+    opt_state = tx.init(params)
+    for lam in LAMS:
+        if optax.tree.get(opt_state, "temperature") != lam:
+            opt_state = optax.tree.set(opt_state, temperature=jnp.float64(lam))
+        assert get_temperature(opt_state) == lam
+        params, opt_state = step(params, opt_state)
+    plain = expected(functools.partial(wrap, tree=alone), start(first), every)
+    chex.assert_trees_all_close(net_of(params), plain, rtol=0, atol=1e-12)
+    assert np.abs(getattr(plain, "fast", plain)["w"] - PARAMS["w"]).max() > 1e-4
 
 
 def test_in_nnx_the_temperature_is_a_variable_to_be_set():
-    model = nnx.Linear(8, 1, rngs=nnx.Rngs(0))
-    model.kernel[...], model.bias[...] = PARAMS["w"][:, None], PARAMS["b"][None]
+    model = nnx.Linear(8, 1, rngs=nnx.Rngs(0), param_dtype=jnp.float64)
+    model.kernel[...], model.bias[...] = PARAMS["w"].reshape(8, 1), PARAMS["b"]
     optimizer = nnx.Optimizer(model, absgd(RATE, LAM, gamma=GAMMA), wrt=nnx.Param)
 
     @nnx.jit
@@ -291,8 +234,8 @@ def test_in_nnx_the_temperature_is_a_variable_to_be_set():
         optimizer.update(model, grads, sums=sums)
 
     for lam in LAMS:
-        optimizer.opt_state[0].temperature[...] = jnp.float32(lam)
+        optimizer.opt_state[0].temperature[...] = jnp.float64(lam)
         step(model, optimizer)
-    params = {"w": model.kernel[...].reshape(-1), "b": model.bias[...].reshape(())}
-    plain = expected(lambda head: optax.chain(head, SGD), lams=LAMS)
-    chex.assert_trees_all_close(params, plain, rtol=1e-4)
+    params = {"w": model.kernel[...].reshape(4, 2), "b": model.bias[...]}
+    plain = expected(lambda head: optax.chain(head, SGD))
+    chex.assert_trees_all_close(params, plain, rtol=0, atol=1e-12)

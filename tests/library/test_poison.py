@@ -111,25 +111,19 @@ def train_all(temperatures, poisons, automatic, guards):
     return jax.vmap(jax.vmap(one, (None, 0)), (0, None))(temperatures, poisons)
 
 
-def train(temperatures, automatic, guards):
-    """Points lost to each poison, and the baselines: by temperature."""
-    poisons = jax.tree.map(lambda *x: np.stack(x), *POISONS.values())
-    accuracy, baselines = train_all(np.float32(temperatures), poisons, automatic, guards)
-    assert np.all(accuracy[:, 0] > 0.9)
-    lost = 100 * np.array(accuracy[:, :1] - accuracy)
-    return [dict(zip(POISONS, each, strict=True)) for each in lost], np.array(baselines)
-
-
 @pytest.mark.parametrize("guards", [ALONE, WRAPPED])
 @pytest.mark.parametrize(
     ("temperatures", "automatic"), [((np.inf, 2, -2), False), ((np.inf, -np.inf), True)]
 )
 def test_guarded(temperatures, automatic, guards):
     """Training ends where the clean run of the same program does."""
-    lost, baselines = train(temperatures, automatic, guards)
-    for lam, each in zip(temperatures, lost, strict=True):
-        harmful = {name for name, x in each.items() if abs(x) > 0.5}
+    poisons = jax.tree.map(lambda *x: np.stack(x), *POISONS.values())
+    accuracies, baselines = train_all(np.float32(temperatures), poisons, automatic, guards)
+    assert np.all(np.isfinite(baselines))
+    for lam, each in zip(temperatures, np.array(accuracies), strict=True):
+        accuracy = dict(zip(POISONS, each, strict=True))
+        assert accuracy["none"] > 0.9
+        harmful = {name for name, x in accuracy.items() if abs(x - accuracy["none"]) > 0.005}
         # A gradient of 1e30 times a slope of up to exp(80): only apply_if_finite sees that.
         overflows = lam > 0 and (automatic or lam < np.inf) and guards is ALONE
         assert harmful == ({"loss * 1e30", "one example 1e30"} if overflows else set()), lam
-    assert np.all(np.isfinite(baselines))

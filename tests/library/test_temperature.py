@@ -13,7 +13,6 @@ from absgd_jax import (
     target_ess,
     target_kl,
     two_stage,
-    zero_sums,
 )
 from tests.support.attended import attend, follow, slopes_and_sums
 from tests.support.reference import divergences, tune
@@ -48,16 +47,6 @@ def tune_jit(make, init_value, batches, first):
 def tuned(make, batches=BATCHES, *, init_value=np.inf, first=None):
     """λ before each batch, and after the last one. Of fewer batches it is the beginning."""
     return np.asarray(tune_jit(make, init_value, batches, first))
-
-
-def scheduled(temperature, steps):
-    """λ of every step, whatever the losses."""
-    tx = scale_by_attention(temperature)
-
-    def step(state, _):
-        return tx.update(None, state, sums=zero_sums())[1], get_temperature(state)
-
-    return jax.lax.scan(step, tx.init(None), length=steps)[1]
 
 
 @pytest.mark.usefixtures("users_promotion")  # optax's schedules need it
@@ -99,15 +88,6 @@ class TestGiven:
 
 
 class TestTwoStage:
-    def test_schedule_counts_from_its_start(self):
-        schedule = optax.linear_schedule(1.0, 3.0, 2)
-        found = scheduled(two_stage(schedule, 2), 6)
-        np.testing.assert_allclose(found, [np.inf, np.inf, 1, 2, 3, 3])
-
-    def test_of_stages(self):
-        found = scheduled(two_stage(two_stage(2.0, 2), 1), 5)
-        np.testing.assert_array_equal(found, [np.inf] * 3 + [2, 2])
-
     @either_sign
     def test_automatic(self, sign):
         """The last plain batch puts λ in its place."""
@@ -121,11 +101,6 @@ class TestTwoStage:
         np.testing.assert_array_equal(lams[:21], [-np.inf] * 20 + [-3.0])
         expected = tuned(ESS, np.roll(BATCHES, -20, axis=0), init_value=-3.0)
         np.testing.assert_allclose(lams[20:60], expected[:40], rtol=1e-5)
-
-    @pytest.mark.parametrize("begin", [0, 4])
-    def test_traced(self, begin):
-        found = jax.jit(lambda t, b: scheduled(two_stage(t, b), 8))(2.0, begin)
-        np.testing.assert_array_equal(found, np.where(np.arange(8) < begin, np.inf, 2.0))
 
 
 class TestTarget:
@@ -149,13 +124,6 @@ class TestTarget:
         lams = tuned(make, batches, first=factor * sign * np.exp(level))[:61]
         # From there on it strays from its level no further than it always does, or a little.
         assert np.abs(np.log(np.abs(lams[50:])) - level).max() < max(4 * spread, 0.15)
-
-    @in_both_ways
-    def test_starts_where_a_normal_distribution_would_be_on_target(self, make):
-        first, second = tuned(make)[:2]
-        assert first == np.inf
-        variance = {ESS: 1.0, KL: 2 * 0.3}[make]
-        np.testing.assert_allclose(second, np.sqrt(BATCHES[0].var() / variance), rtol=1e-5)
 
     @either_sign
     def test_kl_is_the_dual_variable(self, sign, x64):
@@ -188,7 +156,7 @@ def test_one_update_is_that_of_the_formula(make, target):
         state = tx.init(None)._replace(temperature=lam, baseline=baseline)
         return attend(tx, losses, state, lambda x: jnp.mean(x, where=where))[1].temperature
 
-    for lam in (0.4, 3.0, 1e3, 1e5, -0.4, -3.0, -1e5):
+    for lam in (0.4, 3.0, 1e3, 1e5, np.inf, -0.4, -3.0, -1e5, -np.inf):
         expected, _ = tune(BATCHES[0][where], lam, **target)
         for baseline in (0.0, 1.0):
             np.testing.assert_allclose(one_step(lam, baseline), expected, rtol=1e-4)
@@ -196,7 +164,7 @@ def test_one_update_is_that_of_the_formula(make, target):
 
 class TestDegenerate:
     @in_both_ways
-    @pytest.mark.parametrize("losses", [[2.5] * 8, [2.5], [1.0, np.nan], [1.0, np.inf]])
+    @pytest.mark.parametrize("losses", [[2.5, 2.5], [2.5], [1.0, np.nan], [1.0, np.inf]])
     def test_batch_leaves_it(self, losses, make):
         for lam in (1.5, -1.5, np.inf, -np.inf):
             assert tuned(make, np.float32([losses]), first=lam)[1] == np.float32(lam)
@@ -279,13 +247,3 @@ class TestDegenerate:
 def sums_of_weights(batches, gamma):
     tx = scale_by_attention(ESS(), damping=0.0, gamma=gamma)
     return follow(tx, batches)[0].sum(axis=1)
-
-
-class TestInTheOptimizer:
-    def test_debiases(self):
-        """The first weighted batch has its own weights, which sum to 1."""
-        for temperature in (ESS(init_value=1.0), two_stage(ESS(), 3)):
-            tx = scale_by_attention(temperature, gamma=0.1, damping=0.0)
-            weights, states = follow(tx, BATCHES[:10])
-            first = int(np.argmax(states.averaged[1:] == 1))
-            assert weights[first].sum() == pytest.approx(1, rel=1e-5)

@@ -8,7 +8,7 @@ from jax.test_util import check_grads
 
 from absgd_jax import AttentionState, scale_by_attention, Sums, target_ess, tilt, zero_sums
 from tests.support.attended import attend, follow, slopes_and_sums
-from tests.support.reference import published, weigh
+from tests.support.reference import weigh
 
 BATCHES = np.random.default_rng(2).gamma(2.0, size=(60, 16)).astype(np.float32)
 
@@ -46,10 +46,6 @@ def value_and_slope(losses, state):
 
     slope, tilted = jax.grad(total, has_aux=True)(losses)
     return tilted, slope
-
-
-def stages(temperature, plain=0, n=60):
-    return jnp.where(jnp.arange(n) < plain, jnp.inf, jnp.float32(temperature))
 
 
 class TestTilt:
@@ -113,15 +109,6 @@ class TestTilt:
         check_grads(jax.jit(lambda *x: first_derivatives(*x, *rest)), args, order=1)
 
 
-@pytest.mark.parametrize("temperature", [5.0, -5.0, 1.0, -1.0])
-def test_losses_far_from_0(temperature):
-    """Plain batches bring V to them; the published algorithm would overflow in float32."""
-    batches, lams = BATCHES + np.float32(1000), stages(temperature, plain=3)
-    expected, _ = published(batches, lams, 0.9)
-    weights, _ = run(batches, lams)
-    np.testing.assert_allclose(weights, expected, atol=1e-4 * expected.max())
-
-
 class TestOutOfSight:
     """Batches that are all far from V: it starts again from their mean."""
 
@@ -133,7 +120,7 @@ class TestOutOfSight:
         batches = BATCHES.copy()
         batches[at:] += np.float32(jump)
         at = at and at + 1
-        weights, states = run(batches, stages(temperature), 0.1)
+        weights, states = run(batches, np.full(60, temperature, np.float32), 0.1)
         # As of the published algorithm where u, too, starts from the mean at that batch.
         baseline, expected = batches[at].mean(dtype=np.float64), []
         for losses in batches[at + 1 :]:
@@ -200,22 +187,16 @@ class TestSumsThatDoNotFit:
         assert np.isnan(weights).all()
         assert after.baseline == state.baseline
 
-    def test_of_weights_that_are_negative_in_sum(self):
-        tx, state = scale_by_attention(1.0), state_at(1.0)
-        weights = jnp.float32([1, 1, -3, 1.5])
-        losses = jnp.float32([0.1, 0.5, 2, 1])
-        attended, _ = attend(tx, losses, state, lambda x: jnp.sum(weights * x))
-        assert np.isnan(attended).all()
-
 
 class TestOneLossFarAbove:
     @pytest.mark.parametrize("temperature", [0.1, 2.0, 50.0, -2.0])
     @pytest.mark.parametrize(("at", "largest"), [(0, 1e30), (1, 1e30), (20, 1e30), (20, 1e3)])
     def test_is_over_within_60_steps(self, at, largest, temperature):
         batches = np.concatenate([BATCHES, BATCHES])
-        expected, without = run(batches, stages(temperature, n=120))
+        lams = np.full(120, temperature, np.float32)
+        expected, without = run(batches, lams)
         batches[at, 0] = largest
-        weights, states = run(batches, stages(temperature, n=120))
+        weights, states = run(batches, lams)
         assert np.all(np.isfinite(weights))
         after = slice(at + 60, None)
         atol = 1e-6 * abs(temperature)
@@ -253,27 +234,18 @@ def test_weights_after_a_batch_out_of_sight(temperature):
     np.testing.assert_array_equal(states.averaged[:5], [0, 1, 2, 3, -3])
 
 
-class TestChangeOfTemperature:
-    @pytest.mark.parametrize(("before", "after"), [(5.0, 0.5), (0.5, 5.0), (-1.0, 2.0)])
-    def test_baseline_outlives_it(self, before, after):
-        """Of constant losses V is the loss itself, whatever λ: no weight may stray from 1 / n."""
-        losses = np.full((200, 8), 3.0, np.float32)
-        lams = jnp.where(jnp.arange(200) < 150, before, jnp.float32(after))
-        weights, _ = run(losses, lams, 0.1)
-        np.testing.assert_allclose(weights[150:], 1 / 8, rtol=1e-4)
-
-    @pytest.mark.parametrize("gamma", [0.1, 0.9])
-    def test_through_infinity(self, gamma):
-        """V follows the mean meanwhile, so that λ finds it where the losses are."""
-        lams = jnp.float32([2.0] * 10 + [np.inf] * 20 + [-np.inf] * 20 + [-1.0] * 10)
-        batches = BATCHES * np.linspace(3, 0.3, 60, dtype=np.float32)[:, None]
-        weights, states = run(batches, lams, gamma)
-        expected = states.baseline[9]
-        for losses in batches[10:50]:
-            expected += gamma * (losses.mean() - expected)
-        np.testing.assert_allclose(states.baseline[49], expected, rtol=1e-5)
-        np.testing.assert_allclose(weights[10:50], 1 / 16, rtol=1e-6)
-        assert np.all(np.abs(np.log(weights[50:53].sum(axis=1))) < np.log(4))
+@pytest.mark.parametrize("gamma", [0.1, 0.9])
+def test_through_an_infinite_temperature(gamma):
+    """V follows the mean meanwhile, so that λ finds it where the losses are."""
+    lams = jnp.float32([2.0] * 10 + [np.inf] * 20 + [-np.inf] * 20 + [-1.0] * 10)
+    batches = BATCHES * np.linspace(3, 0.3, 60, dtype=np.float32)[:, None]
+    weights, states = run(batches, lams, gamma)
+    expected = states.baseline[9]
+    for losses in batches[10:50]:
+        expected += gamma * (losses.mean() - expected)
+    np.testing.assert_allclose(states.baseline[49], expected, rtol=1e-5)
+    np.testing.assert_allclose(weights[10:50], 1 / 16, rtol=1e-6)
+    assert np.all(np.abs(np.log(weights[50:53].sum(axis=1))) < np.log(4))
 
 
 class TestPoison:

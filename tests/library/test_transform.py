@@ -7,22 +7,14 @@ import numpy as np
 import optax
 import pytest
 
-from absgd_jax import (
-    abadam,
-    absgd,
-    scale_by_attention,
-    Sums,
-    target_ess,
-    tilt,
-    two_stage,
-    zero_sums,
-)
+from absgd_jax import abadam, absgd, scale_by_attention, Sums, tilt, two_stage, zero_sums
 from tests.support.attended import attend, follow, slopes_and_sums
 from tests.support.reference import debiased, divergences, published
 
 RNG = np.random.default_rng(0)
 X, Y = np.float32(RNG.normal(size=(16, 3))), np.float32(RNG.normal(size=16))
 PARAMS = {"w": jnp.array([0.5, -1.0, 2.0]), "b": jnp.float32(0.3)}
+LOSSES = RNG.exponential(size=128).astype(np.float32)
 
 
 def loss_fn(params, sums, opt_state, x=X, y=Y):
@@ -36,10 +28,6 @@ def step(tx, params, opt_state, *batch):
     return optax.apply_updates(params, updates), opt_state
 
 
-def target():
-    return target_ess(0.5, init_value=1.0)
-
-
 class TestChain:
     def test_is_plain_sgd_at_an_infinite_temperature(self):
         tx = absgd(0.05, jnp.inf, nesterov=True, weight_decay=1e-2)
@@ -51,24 +39,24 @@ class TestChain:
             expected, theirs = plain.update(PARAMS, theirs, PARAMS)
             chex.assert_trees_all_close(updates, expected, rtol=1e-6)
 
-    @pytest.mark.parametrize("make", [absgd, abadam])
-    def test_gradient_of_whole_steps(self, make, x64):
+    def test_gradient_of_whole_steps(self, x64):
         # Two steps, so that the second's V depends on the first's parameters.
         @jax.jit
         def after(learning_rate, temperature, gamma, scale):
             params = jax.tree.map(lambda p: scale * p.astype(jnp.float64), PARAMS)
-            tx = make(learning_rate, temperature, gamma=gamma)
+            tx = absgd(learning_rate, temperature, gamma=gamma)
             opt_state = tx.init(params)
             for _ in range(2):
                 params, opt_state = step(tx, params, opt_state, jnp.float64(X), jnp.float64(Y))
             return sum(jnp.sum(p) for p in jax.tree.leaves(params))
 
         args = tuple(jnp.float64(a) for a in (0.01, 2.0, 0.7, 1.1))
-        with jax.numpy_dtype_promotion("standard"):
-            jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
+        jax.test_util.check_grads(after, args, order=1, modes=["rev"], rtol=1e-4)
 
-    def test_weight_decay_of_zero_needs_no_params(self):
-        tx = absgd(0.1, 1.0)
+    @pytest.mark.parametrize("make", [absgd, abadam])
+    @pytest.mark.usefixtures("users_promotion")  # optax.adam needs it
+    def test_weight_decay_of_zero_needs_no_params(self, make):
+        tx = make(0.1, 1.0)
         updates, _ = tx.update(PARAMS, tx.init(PARAMS), sums=zero_sums())
         chex.assert_trees_all_equal_shapes_and_dtypes(updates, PARAMS)
 
@@ -89,29 +77,18 @@ class TestHead:
         chex.assert_trees_all_close(found, tx.update(slopes, tx.init(None), sums=sums), rtol=1e-6)
 
 
-class TestDamping:
-    LOSSES = jnp.asarray(RNG.exponential(size=128), jnp.float32)
-
-    def weights(self, temperature, **kwargs):
+@pytest.mark.parametrize("temperature", [1.0, -1.0, np.inf])
+@pytest.mark.parametrize("damping", [1, jnp.float32(3.0)])
+def test_damping_divides_the_gradients_where_weight_is_on_hard_examples(damping, temperature):
+    def weights(**kwargs):
         tx = scale_by_attention(temperature, **kwargs)
-        return attend(tx, self.LOSSES, tx.init(None))[0]
+        return attend(tx, jnp.asarray(LOSSES), tx.init(None))[0]
 
-    @pytest.mark.parametrize("temperature", [1.0, -1.0, np.inf])
-    @pytest.mark.parametrize("damping", [1, jnp.float32(3.0)])
-    def test_divides_the_gradients_where_weight_is_on_hard_examples(self, damping, temperature):
-        ratio = self.weights(temperature) / self.weights(temperature, damping=damping)
-        expected = 1.0
-        if temperature == 1:
-            chi2, _ = divergences(np.exp(np.asarray(self.LOSSES, np.float64)))
-            expected += float(damping) * np.sqrt(chi2)
-        np.testing.assert_allclose(ratio, expected, rtol=1e-5)
-
-    @pytest.mark.parametrize(("make", "default"), [(lambda: 1.0, 0.0), (target, 2.0)])
-    def test_default(self, make, default):
-        weights = self.weights(make())
-        np.testing.assert_array_equal(weights, self.weights(make(), damping=default))
-        other = self.weights(make(), damping=2.0 - default)
-        assert abs(np.log(weights.sum() / other.sum())) > 0.1
+    expected = 1.0
+    if temperature == 1:
+        chi2, _ = divergences(np.exp(np.float64(LOSSES)))
+        expected += float(damping) * np.sqrt(chi2)
+    np.testing.assert_allclose(weights() / weights(damping=damping), expected, rtol=1e-5)
 
 
 class TestGamma:
@@ -122,14 +99,13 @@ class TestGamma:
             return jnp.where((count >= 5) & (count < 9), 1.0, 0.5)
 
         weights, states = follow(scale_by_attention(-0.7, gamma=gamma), self.BATCHES)
-        alone, _ = published(self.BATCHES[8:9], -0.7, 1.0)
-        np.testing.assert_allclose(weights[8], alone[0], rtol=1e-4)
         steps = np.arange(60)
         newest = np.where((steps >= 5) & (steps < 9), 1.0, 0.5)
-        _, baselines = published(self.BATCHES, -0.7, newest)
+        expected, baselines = published(self.BATCHES, -0.7, newest)
+        np.testing.assert_allclose(weights, expected, rtol=1e-4)
         np.testing.assert_allclose(states.baseline[1:], baselines, rtol=1e-5)
 
-    @pytest.mark.parametrize("gamma", [0.01, 0.1, 0.9, 1.0])
+    @pytest.mark.parametrize("gamma", [0.01, 0.9, 1.0])
     @pytest.mark.parametrize("plain", [0, 5])
     def test_debias(self, gamma, plain):
         """As Adam's: γ / (1 - (1 - γ)^t) in the t-th weighted batch, the first weighing its own."""

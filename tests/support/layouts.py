@@ -57,10 +57,8 @@ def expected(temperature, penalty_gradient=None):
         averaged += np.isfinite(lam)
         gamma = GAMMA if radius is None else reference.debiased(GAMMA, averaged)
         slope = 1 if np.isinf(lam) else np.exp((each - (baseline or 0.0)) / lam)
-        before, (attended, baseline) = (
-            baseline,
-            reference.weigh(each, baseline, lam, gamma, shares=shares),
-        )
+        before = baseline
+        attended, baseline = reference.weigh(each, before, lam, gamma, shares=shares)
         if radius is not None:
             if np.isinf(lam):
                 mean = np.sum(shares * each)
@@ -98,24 +96,6 @@ def where_over_nan(each, tilted, weight, total):
     return jnp.sum(jnp.where(weight > 0, weight * tilted(nan), 0)) / total
 
 
-def with_a_constant(each, tilted, weight, total):
-    return weighted_mean(each, tilted, weight, total) + 3
-
-
-def weighted_sum(each, tilted, weight, total):
-    return jnp.sum(weight * tilted(each))
-
-
-def scaled(each, tilted, weight, total):
-    return 1024 * weighted_mean(each, tilted, weight, total)
-
-
-def twice(each, tilted, weight, total):
-    """The example of weight w as two of w / 2."""
-    each, weight = jnp.concatenate([each, each]), jnp.concatenate([weight, weight]) / 2
-    return weighted_mean(each, tilted, weight, total)
-
-
 def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalty=None, **kwargs):
     """By the parameters and by the sums; or by the parameters, if the sums are among them."""
     x, y, weight, counts, total = batch
@@ -129,16 +109,6 @@ def gradients(params, opt_state, batch, sums=None, *, loss=weighted_mean, penalt
     if "net" in params:
         return jax.grad(lambda params: loss_fn(params, None))(params), None
     return jax.grad(loss_fn, argnums=(0, 1))(params, Sums())
-
-
-def undone(gradients, factor):
-    """Gradients by the parameters divided by what they are too large by."""
-
-    def normal(params, opt_state, batch):
-        grads, sums = gradients(params, opt_state, batch)
-        return jax.tree.map(lambda g: g / factor(batch), grads), sums
-
-    return normal
 
 
 def on_devices(params, opt_state, batch, *, axis_name, rows, varying, **kwargs):

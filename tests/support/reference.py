@@ -158,35 +158,23 @@ def adam(rate, weight_decay):
     return update
 
 
-def train(params, batches, attend, update, state=None):
-    """After every step the parameters, the state of ``attend``, and the weighted loss of that step.
-
-    A batch is the arguments of ``cross_entropy``. ``attend`` makes weights and a new state of the
-    number of the step, its losses and the state; ``update`` new parameters of these and gradients.
-    """
-    for step, batch in enumerate(batches):
-        losses, gradient = cross_entropy(params, *batch)
-        weights, state = attend(step, losses, state)
-        params = update(params, gradient(weights))
-        yield params, state, np.sum(weights * losses)
-
-
 def train_all(optimizer, cases):
     """Parameters after every step, each [C, STEPS, ...], and the weighted losses [C, STEPS]."""
-    params, xs, ys = problem()
+    first, xs, ys = problem()
     make, rate = {"sgd": (sgd, SGD_RATE), "adam": (adam, ADAM_RATE)}[optimizer]
 
     def run(case):
-        def attend(step, losses, baseline):
+        params, baseline, update = first, None, make(rate, case.weight_decay)
+        for step, batch in enumerate(zip(xs, ys, strict=True)):
+            losses, gradient = cross_entropy(params, *batch)
             temperature = case.temperature if step >= case.switch else np.inf
-            return weigh(losses, baseline, temperature, case.gamma, case.alpha)
+            weights, baseline = weigh(losses, baseline, temperature, case.gamma, case.alpha)
+            params = update(params, gradient(weights))
+            yield params, np.sum(weights * losses)
 
-        batches, update = zip(xs, ys, strict=True), make(rate, case.weight_decay)
-        return [(p, value) for p, _, value in train(params, batches, attend, update)]
-
-    runs = [run(case) for case in cases]
+    runs = [list(run(case)) for case in cases]
     values = np.array([[value for _, value in run] for run in runs])
-    return {k: np.array([[p[k] for p, _ in run] for run in runs]) for k in params}, values
+    return {k: np.array([[p[k] for p, _ in run] for run in runs]) for k in first}, values
 
 
 def relative(params, expected):
