@@ -313,7 +313,8 @@ def _automatic(
         # The more of the weights' spread is that of a part and the rest of the batch, the less does
         # λ change it.
         size = jnp.log1p(divergences.chi2)
-        settled = (ratio < 1) & ~is_infinite(lam) & (size - divergences.kl < _SETTLED * size)
+        of_parts = divergences.kl > (1 - _SETTLED) * size
+        settled = (ratio < 1) & ~is_infinite(lam) & of_parts
         # Below the smallest normal number the compiler may take it for 0, whose logarithm is -inf.
         moves = (ratio >= float(np.finfo(dtype).tiny)) & ~settled
         excess = jnp.log(jnp.where(moves, ratio, 1))

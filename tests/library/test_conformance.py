@@ -323,11 +323,14 @@ def test_the_state_can_be_donated(given):
 @pytest.mark.parametrize("lam", [1.0, -1.0, jnp.inf])
 @pytest.mark.parametrize("automatic", [False, True])
 def test_no_nan_on_the_way(lam, automatic):
-    """Of batches, of a batch of one, and of one that is masked whole."""
+    """Of batches, of a batch of one, of one that is masked whole, and of two that are far off."""
     tx = absgd(RATE, target_ess(0.5, init_value=lam) if automatic else lam, debias=True)
     params, opt_state = PARAMS, tx.init(PARAMS)
     with jax.debug_nans(True):  # which sees every operation outside jit
-        for losses, kept in ((LOSSES[0], 16), (LOSSES[1], 0), (LOSSES[2, :1], 1), (LOSSES[3], 16)):
+        for losses, kept in (
+            *((LOSSES[0], 16), (LOSSES[1], 0), (LOSSES[2, :1], 1)),
+            *((LOSSES[3] + 1e3, 16), (LOSSES[3] - 1e3, 16)),
+        ):
             where = np.arange(len(losses)) < kept
 
             def mean(tilted, where=where):

@@ -178,6 +178,13 @@ class TestSumsThatDoNotFit:
         updates, _ = tx.update(jax.grad(loss_fn)(params), opt_state, params)
         assert np.isnan(updates["net"]).all()
 
+    @pytest.mark.parametrize("factor", [0.5, 2.0])
+    def test_of_which_one_was_scaled(self, factor):
+        tx, state = scale_by_attention(1.0), state_at(1.0, 1.5)
+        slopes, sums = slopes_and_sums(jnp.asarray(BATCHES[0]), state)
+        sums = Sums(sums.values.at[0].multiply(factor))  # that of exp(z)
+        assert np.isnan(tx.update(slopes, state, sums=sums)[0]).all()
+
     @pytest.mark.parametrize("temperature", [1.0, np.inf])
     def test_beside_a_penalty_that_is_not_finite(self, temperature):
         """Of every leaf, as their norms are, whose gradient is NaN where a leaf is 0."""
