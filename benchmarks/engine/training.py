@@ -406,15 +406,16 @@ def train(
     parts, name = [], name.replace(":", "-")  # which names files
     for i in range(0, len(runs), config.runs_at_once):
         done = config.out / "runs" / f"{name}-{i}.npz"
+        checkpoint = done.with_suffix(".checkpoint")
         bar.set_description(done.stem)
         if found := report.load_part(done, started):
             bar.update(config.epochs)
         else:
             part = jax.tree.map(lambda *x: np.stack(x), *runs[i : i + config.runs_at_once])
-            part, checkpoint = jax.device_put(part), done.with_suffix(".checkpoint")
+            part = jax.device_put(part)
             found = train_part(config, program, part, task.images, bar, checkpoint, started)
             report.save_part(done, started, found)
-            checkpoint.unlink(missing_ok=True)
+        checkpoint.unlink(missing_ok=True)
         outcomes = (found.pop(name, None) for name in Trained._fields[1:])
         parts.append(Trained(found, *outcomes))
     history = jax.tree.map(lambda *x: np.concatenate(x, axis=1), *(p.history for p in parts))
