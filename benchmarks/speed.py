@@ -70,7 +70,6 @@ PHASES = "lowering", "compilation"
 Job = tuple[Any, ...]  # a function, and its arguments, of which it returns the next first one
 Timer = Callable[[int], float]  # of a number of calls: the seconds of one
 Record = dict[str, Any]
-Pair = tuple[Record, Record]  # and what it is beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,14 +310,10 @@ def make_jobs(config: Config) -> list[tuple[Any, ...]]:
     return [job for job in jobs if job[0] in config.parts]
 
 
-def pairs(records: list[Record]) -> list[Pair]:
+def pairs(records: list[Record]) -> list[tuple[Record, Record]]:
     """Each with what it is beside."""
     found = {(r["work"], r["step"]): r for r in records}
     return [(r, found[r["work"], r["beside"]]) for r in records]
-
-
-def quartiles(x: Any, beside: Any) -> np.ndarray:
-    return np.quantile(np.divide(x, beside), [0.25, 0.5, 0.75])
 
 
 def cell(key: str, record: Record, beside: Record) -> str:
@@ -332,7 +327,8 @@ def cell(key: str, record: Record, beside: Record) -> str:
         return alone.format(x)
     if record is beside:
         return alone.format(np.median(x))
-    return together.format(*quartiles(x, other), np.subtract(x, other))
+    quartiles = np.quantile(np.divide(x, other), [0.25, 0.5, 0.75])
+    return together.format(*quartiles, np.subtract(x, other))
 
 
 def table(records: list[Record]) -> str:
