@@ -232,13 +232,12 @@ def divergences(z: jax.Array, excess: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def means(sums: Sums, dtype: jnp.dtype) -> tuple[Sums, jax.Array, jax.Array]:
-    """Of a batch; whether anything counts in it; and whether all losses that count are finite."""
+    """Of a batch; whether anything counts in it; and whether they tell of what does."""
     values = jnp.asarray(sums.values).astype(dtype)
     values -= values[-1]  # null
     weight = Sums(values).weight
-    counted = weight != 0
-    ratios = values / jnp.where(counted, jnp.abs(weight), 1)  # the weight's has its sign
+    counted = jnp.any(values != 0)  # weights of both signs may sum to 0
+    ratios = values / jnp.where(weight == 0, 1, jnp.abs(weight))  # the weight's has its sign
     tell = counted & jnp.isfinite(jnp.sum(ratios))
     neutral = jnp.zeros_like(ratios).at[0].set(1)  # exp is 1
-    mean = Sums(jnp.where(tell, ratios, neutral))
-    return mean, counted, tell & (mean.bad == 0)
+    return Sums(jnp.where(tell, ratios, neutral)), counted, tell

@@ -175,10 +175,10 @@ def attend(
     dtype = gamma.dtype
     lam, baseline = temperature_and_baseline(state, dtype)
     plain, first, most = is_infinite(lam), jnp.equal(state.averaged, 0), bound(dtype)
-    batch, counted, usable = means(sums, dtype)
+    batch, counted, tell = means(sums, dtype)
 
-    fits = _fit(batch, lam)
-    usable &= fits
+    fits, one_sign = (~tell | x for x in _fit(batch, lam))
+    usable = tell & (batch.bad == 0) & fits & one_sign
 
     # Losses that were tilted with another V, as by a closure over an older state.
     change = batch.baseline - baseline
@@ -233,20 +233,26 @@ def attend(
     return jnp.where(fits, scale, jnp.nan), new, Divergences(*divs)
 
 
-def _fit(batch: Sums, lam: jax.Array) -> jax.Array:
-    """Whether the means are of losses that were tilted with λ, if they are of any.
+def _fit(batch: Sums, lam: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether the means are of losses that were tilted with λ, and of weights of one sign.
 
     Weights that are negative in sum, as of log-likelihoods in the place of losses, would weight by
-    -λ; noise, and what is not linear, leave none that fit together. Sums that were in bfloat16 are
-    as good as 1 %.
+    -λ; noise, and what is not linear, leave no means that fit together. Sums that were in bfloat16
+    are as good as 1 %. Weights of both signs fit an infinite λ alone, which weights nothing.
     """
-    ours, theirs = inverse(lam), batch.inverse
+    ours, theirs, plain = inverse(lam), batch.inverse, is_infinite(lam)
     same = jnp.abs(theirs - ours) <= 0.02 * jnp.maximum(jnp.abs(theirs), jnp.abs(ours))
     error = jnp.abs(batch.exp - batch.excess - 1)  # each exp(z) is 1 + expm1(z)
     linear = (batch.exp > 0) & (error <= 0.02 * (1 + batch.exp))
-    positive, nothing = batch.weight > 0, batch.weight == 0
-    fit: jax.Array = nothing | (positive & same & (is_infinite(lam) | linear))
-    return fit
+    # A mean of squares is not below the square of the mean, but for what underflows, and for the
+    # bound on squares, which takes nothing that counts where the mean of exp(z) is at most 1.
+    square, entropy = batch.weight * batch.square, batch.weight * batch.entropy
+    convex = 1.1 * square + eps(lam.dtype) ** 2 >= batch.excess**2
+    convex |= ~plain & (batch.exp > 1)
+    one_sign = (batch.weight != 0) & convex & (square >= 0) & (entropy >= 0)
+    positive = batch.weight > 0
+    fit = same & jnp.where(plain, positive | ~one_sign, positive & linear & one_sign)
+    return fit, one_sign
 
 
 def _divergences(

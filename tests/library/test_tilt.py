@@ -178,6 +178,23 @@ class TestSumsThatDoNotFit:
         updates, _ = tx.update(jax.grad(loss_fn)(params), opt_state, params)
         assert np.isnan(updates["net"]).all()
 
+    @pytest.mark.parametrize("total", [0.0, 1e-6, -1e-6, 0.1])
+    def test_of_weights_of_both_signs(self, total):
+        """As of advantages. At an infinite λ the step is SGD's, and V stays."""
+        weights = np.random.default_rng(7).normal(size=16)
+        weights += total / 16 - weights.mean()
+        for lam in (1.0, -1.0, np.inf):
+            tx, state = scale_by_attention(lam), state_at(lam, 1.5)
+            slopes, sums = slopes_and_sums(
+                jnp.asarray(BATCHES[0]), state, lambda x: jnp.sum(jnp.float32(weights) * x)
+            )
+            updates, after = tx.update(slopes, state, sums=sums)
+            assert after.baseline == state.baseline
+            if np.isinf(lam):
+                np.testing.assert_array_equal(updates, slopes)
+            else:
+                assert np.isnan(updates).all()
+
     @pytest.mark.parametrize("factor", [0.5, 2.0])
     def test_of_which_one_was_scaled(self, factor):
         tx, state = scale_by_attention(1.0), state_at(1.0, 1.5)
