@@ -144,7 +144,8 @@ def main() -> None:
     chosen = functools.partial(choose, give=config.give)
     results = []
     plain = dataclasses.replace(config, temperatures=())
-    told = dict.fromkeys(config.methods, config) | dict.fromkeys(config.baselines, plain)
+    told = dict.fromkeys(config.methods, config)
+    told |= {name: plain for name in config.baselines if name not in told}
     sizes = [size for each in told.values() for size in comparison.sizes(each)]
     with comparison.session(config, draw, sizes) as trainer:
         for name, each in told.items():

@@ -123,6 +123,9 @@ class Config(BaseConfig):
             raise ValueError(
                 f"--batch-size must not exceed the {self.scenes} scenes, got {self.batch_size}"
             )
+        for unit in UNITS:
+            given = getattr(self, f"{unit}_temperatures")
+            comparison.check_stages(f"--{unit}-temperatures", given, self.epochs)
 
 
 class Scenes(NamedTuple):

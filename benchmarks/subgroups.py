@@ -303,7 +303,8 @@ def train_each(
     for share in sorted({share for share, _ in seconds.values()}):
         those = [s for s in seconds if seconds[s][0] == share]
         firsts = list(dict.fromkeys(s._replace(method="SGD", text=SGD) for s in those))
-        shortened = dataclasses.replace(c, epochs=max(1, round(share * c.epochs)))
+        epochs = max(1, round(share * c.epochs))
+        shortened = dataclasses.replace(c, epochs=epochs, temperatures=())
         first = fit(shortened, f"first-{share}", "cross_entropy", firsts)
         for s in those:
             trained = first[s._replace(method="SGD", text=SGD)]

@@ -14,7 +14,7 @@ import math
 import pathlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import jax
@@ -90,6 +90,13 @@ TEMPERATURE = Must(
 )
 
 
+def check_stages(flag: str, temperatures: Sequence[str], epochs: int) -> None:
+    """Raises an error where λ would begin after the last epoch."""
+    for text in temperatures:
+        if round(stages(text)[-1][0] * epochs) >= epochs:
+            raise ValueError(f"{flag} must leave λ one of the {epochs} epochs, got {text}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(training.Config):
     """What every comparison is told."""
@@ -111,6 +118,10 @@ class Config(training.Config):
         *("0.5:0.5", "0.5:2", "0.5:5"),
     )
     each: bool = False  # report every λ, at the rate chosen for it, and not the best of them alone
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_stages("--temperatures", self.temperatures, self.epochs)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)

@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from benchmarks.engine import report
+
 plt.rcParams |= {
     "axes.grid": True,
     "axes.spines.right": False,
@@ -26,7 +28,8 @@ plt.rcParams |= {
 
 
 def save(figure: Figure, path: pathlib.Path) -> None:
-    figure.savefig(path)
+    with report.replacing(path) as file:
+        figure.savefig(file, format="png")
     plt.close(figure)
 
 

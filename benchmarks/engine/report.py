@@ -10,7 +10,6 @@ import pathlib
 import platform
 import shlex
 import sys
-import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -190,7 +189,9 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             return dict(arrays)  # which compares the checksums
-    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of what kind depends on where the file is hit
         raise SystemExit(
             f"{path} is damaged ({error}); delete it, and --resume does again what it held"
         ) from None
@@ -199,13 +200,13 @@ def load_arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 def load_part(path: pathlib.Path, started: str) -> dict[str, np.ndarray]:
     """What ``save_part`` left there, if it was of the run that was started then."""
     found = load_arrays(path) if path.exists() else {}
-    return found if str(found.pop("started", "")) == started else {}
+    return found if str(found.pop("of", "")) == f"{path.name} {started}" else {}
 
 
 def save_part(path: pathlib.Path, started: str, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(exist_ok=True)
     with replacing(path) as file:
-        np.savez(file, started=started, **arrays)
+        np.savez(file, of=f"{path.name} {started}", **arrays)
 
 
 def save(path: pathlib.Path, content: dict[str, Any]) -> None:
@@ -219,4 +220,5 @@ def write(out: pathlib.Path, results: dict[str, Any], *parts: str) -> None:
     """Writes results.json, and table.md: the command that made it, and below it the parts."""
     save(out / "results.json", results)
     with replacing(out / "table.md") as file:
-        file.write(("\n\n".join([f"`{command()}`", *parts]) + "\n").encode())
+        text = "\n\n".join([f"`{command()}`", *parts]) + "\n"
+        file.write(text.encode(errors="backslashreplace"))  # of a folder that isn't UTF-8

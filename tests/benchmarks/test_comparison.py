@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks import longtail, noise, sweep
-from benchmarks.engine import comparison, training
+from benchmarks.engine import comparison, report, training
 from tests.support.commands import load, mean_std, rows, SMALL
 
 
@@ -82,7 +82,7 @@ def test_automatic_temperature(compare):
 @pytest.mark.slow
 def test_each_temperature(tmp_path, compare):
     """It has a row of its own, and baselines have none."""
-    options = f"{SMALL} --epochs 2 --learning-rates 0.1 --methods focal --baselines cvar+sam"
+    options = f"{SMALL} --epochs 2 --learning-rates 0.1 --methods focal --baselines focal cvar+sam"
     results, _ = compare(longtail, f"{options} --each --temperatures 20 1e6")
     assert list(results) == [
         *("focal SGD inf", "focal ABSGD 20", "focal ABSGD 1e6"),
@@ -189,6 +189,15 @@ def test_groups_are_all_of_the_classes(classes):
     assert list(groups) == ["many", "medium", "few"][:: 2 if classes == 2 else 1]
     parts = [np.arange(classes)[part] for part in groups.values()]
     np.testing.assert_array_equal(np.concatenate(parts), np.arange(classes))
+
+
+def test_parts_are_known_by_their_names(tmp_path):
+    """One in the place of another is done anew."""
+    path = tmp_path / "runs" / "arb-final-0.npz"
+    report.save_part(path, "now", {"losses": np.ones(2)})
+    assert list(report.load_part(path, "now")) == ["losses"]
+    assert not report.load_part(path, "then")
+    assert not report.load_part(path.rename(path.with_suffix(".checkpoint")), "now")
 
 
 class TestFolderInUse:

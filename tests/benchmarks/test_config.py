@@ -149,6 +149,12 @@ def test_no_values(benchmark, refusal):
         (longtail, "--fine-tune-from 9", "--fine-tune-from must lie in [0, 1], got 9"),
         (longtail, "--validation 0.001", "--validation must hold out an example of every class"),
         (tabular, "--shuffles 201", "the first seed of the search, got 5 times 201"),
+        (
+            longtail,
+            "--epochs 3 --temperatures 0.9:5",
+            "must leave λ one of the 3 epochs, got 0.9:5",
+        ),
+        (segmentation, "--scene-temperatures 0.99:2", "must leave λ one of the 12 epochs, got 0.9"),
         (longtail, "--largest 113", "--largest must not exceed the 1"),
         (longtail, "--imbalance 0.001", "an image, got 0.001 of the 1"),
         (longtail, "--largest 19", "got 0.05 of the 19 of the largest; raise it, or --largest"),
